@@ -1,0 +1,1 @@
+"""Polylepis: pretraining of hybrid, multimodal Mamba models."""
