@@ -1,0 +1,118 @@
+"""FSDP2 over the data-parallel axes, with sums everywhere, and the norm of what it leaves behind.
+
+The loss is Σ w·ℓ / W with W counted over the global batch, so every reduction is a plain sum. A wrong divide factor
+does not show in an AdamW step (the step is scale-free); it shows in gradients and in their norm.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+
+from ..errors import PlanError
+from ..mesh import Mesh
+from ..model import HybridModel, ModelConfig
+from ..parts import fsdp_placement, materialise, named_parts
+
+
+def build_model(
+    config: ModelConfig,
+    mesh: Mesh,
+    *,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+    compute_dtype: torch.dtype | None = None,
+) -> HybridModel:
+    """The model on its mesh: initial weights that depend on (seed, name) only, sharded layer by layer.
+
+    Args:
+        config: the model.
+        mesh: where it lives; never more than one layer exists unsharded.
+        seed: of the initial weights.
+        dtype: of parameters, gradients and optimizer state.
+        compute_dtype: of forward and backward (bfloat16, say); gradients are still reduced in `dtype`.
+
+    Raises:
+        PlanError: sizes that do not divide over the mesh.
+    """
+    model = HybridModel(config, mesh)
+    _check_banks(model, mesh)
+    policy = MixedPrecisionPolicy()
+    if compute_dtype not in (None, dtype):
+        policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=dtype, cast_forward_inputs=False)
+    for index, block in model.layers.items():
+        materialise(block, f"layers.{index}.", mesh, seed, dtype)
+        for name, buffer in list(block.named_buffers()):
+            owner = block.get_submodule(name.rpartition(".")[0])
+            owner._buffers[name.rpartition(".")[2]] = buffer.to(mesh.device)
+        _shard(block, mesh, policy)
+    for name in ("embed", "final_norm", "lm_head"):
+        materialise(model.get_submodule(name), f"{name}.", mesh, seed, dtype)
+    _shard(model, mesh, policy)
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.set_force_sum_reduction_for_comms(True)
+            module.set_gradient_divide_factor(1.0)
+    return model
+
+
+def _shard(module: nn.Module, mesh: Mesh, policy: MixedPrecisionPolicy) -> None:
+    """Also over one rank: an unwrapped replicated weight would keep a partial gradient after sequence parallelism."""
+    placement = fsdp_placement(module)
+    fully_shard(module, mesh=mesh.fsdp, mp_policy=policy, shard_placement_fn=placement.get)
+
+
+def _check_banks(model: HybridModel, mesh: Mesh) -> None:
+    ranks = mesh.device_mesh["dp_shard"].size()
+    for name, parameter, part in named_parts(model):
+        if part.entries:
+            dim = 2 if part.tp_dim == 0 else 1
+            if parameter.shape[dim] % ranks:
+                raise PlanError(
+                    f"{name}: dimension {dim} of the bank {tuple(parameter.shape)} is not divisible by dp_shard "
+                    f"{ranks}; raise dp_replicate instead"
+                )
+
+
+def decay_groups(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    """Parameters with and without weight decay, as their layer kinds declare."""
+    declared = [(parameter, part.decay) for _, parameter, part in named_parts(model)]
+    return [p for p, decay in declared if decay], [p for p, decay in declared if not decay]
+
+
+@torch.no_grad()
+def gradient_norm(parameters: Iterable[nn.Parameter]) -> float:
+    """The 2-norm of the whole gradient: local squares weighted by replication, one all-reduce over the world.
+
+    `torch.nn.utils.get_total_norm` refuses parameters on different meshes; this works on any.
+    """
+    total: Tensor | None = None
+    for parameter in parameters:
+        grad = parameter.grad
+        if grad is None:
+            continue
+        assert isinstance(grad, DTensor)
+        shards = math.prod(
+            size for size, p in zip(grad.device_mesh.shape, grad.placements, strict=True) if not p.is_replicate()
+        )
+        local_grad = grad.to_local()
+        wide = torch.promote_types(local_grad.dtype, torch.float32)
+        square = local_grad.to(wide).square().sum() * (shards / dist.get_world_size())
+        total = square if total is None else total + square
+    if total is None:
+        return 0.0
+    dist.all_reduce(total)
+    return float(total.sqrt())
+
+
+@torch.no_grad()
+def scale_gradients(parameters: Iterable[nn.Parameter], factor: float) -> None:
+    """Multiply every gradient, in place."""
+    grads = [p.grad.to_local() for p in parameters if isinstance(p.grad, DTensor)]
+    torch._foreach_mul_(grads, factor)

@@ -1,0 +1,205 @@
+"""`M`: the Mamba-2 layer (Dao & Gu 2024), its projections shared or specific to each modality (Mixture-of-Mamba).
+
+Mixture-of-Mamba (Liang et al. 2025) decouples the projections of a Mamba-1 block by the modality of the token; this
+is the same idea on Mamba-2: in-projections (z, x, B, C, dt), the dt bias and the out-projection may be routed, while
+convolution, A, D, the gated norm and the scan are shared, so the state crosses modalities.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ...kernels.conv import causal_conv1d
+from ...kernels.norm import gated_rms_norm
+from ...kernels.ssd import ssd
+from ..errors import PlanError
+from ..layout import Layout
+from ..linear import packed_linear, project
+from ..parts import Init, Part, local
+from ..routing import Route
+from .base import HFKey, Kind, Mixer, NewTokens, Shape, flat
+
+PROJECTIONS = ("z", "x", "B", "C", "dt")
+ROUTABLE = (*PROJECTIONS, "dt_bias", "out")
+
+
+@dataclass(frozen=True)
+class MambaConfig:
+    """Sizes of a Mamba-2 layer; the defaults are those of the 8B Mamba-2-Hybrid (Waleffe et al. 2024).
+
+    Attributes:
+        expand: inner width over d_model.
+        d_state, head_dim, n_groups: N, P and G of SSD; heads = expand · d_model / head_dim.
+        d_conv: width of the causal convolution over x, B and C.
+        chunk_size: tiling of SSD (no effect on the numbers).
+        routed: which parameters each modality has for itself, of z, x, B, C, dt, dt_bias, out.
+        a_min, a_max: A starts as −U(a_min, a_max).
+        dt_min, dt_max: softplus(dt_bias) starts log-uniform in this range.
+    """
+
+    expand: int = 2
+    d_state: int = 128
+    head_dim: int = 64
+    n_groups: int = 8
+    d_conv: int = 4
+    chunk_size: int = 128
+    routed: tuple[str, ...] = ()
+    a_min: float = 1.0
+    a_max: float = 16.0
+    dt_min: float = 1e-3
+    dt_max: float = 1e-1
+
+    __pydantic_config__ = {"extra": "forbid"}
+
+    def d_inner(self, shape: Shape) -> int:
+        return self.expand * shape.d_model
+
+    def n_heads(self, shape: Shape) -> int:
+        return self.d_inner(shape) // self.head_dim
+
+
+def check(config: MambaConfig, shape: Shape, tp: int) -> None:
+    """Refuse sizes that do not divide, with the numbers."""
+    d_inner, heads = config.d_inner(shape), config.n_heads(shape)
+    unknown = sorted(set(config.routed) - set(ROUTABLE))
+    if unknown:
+        raise PlanError(f"model.mamba.routed: {', '.join(unknown)} cannot be routed; accepted: {', '.join(ROUTABLE)}")
+    if d_inner % config.head_dim:
+        raise PlanError(f"model.mamba: expand·d_model = {d_inner} is not divisible by head_dim {config.head_dim}")
+    if heads % config.n_groups:
+        raise PlanError(f"model.mamba: {heads} heads are not divisible by n_groups {config.n_groups}")
+    if heads % tp or config.n_groups % tp:
+        raise PlanError(
+            f"model.mamba: {heads} heads and n_groups {config.n_groups} must both be divisible by tp {tp}; choose "
+            f"tp as a divisor of {config.n_groups}, or more groups"
+        )
+
+
+def parts(config: MambaConfig, shape: Shape) -> dict[str, Part]:
+    """Logical parameters of the layer, `(out, in)` for matrices."""
+    d, inner, heads = shape.d_model, config.d_inner(shape), config.n_heads(shape)
+    widths = {"z": inner, "x": inner, "B": config.n_groups * config.d_state, "dt": heads}
+    widths["C"] = widths["B"]
+    normal, conv = Init("normal", shape.init_std), Init("uniform", config.d_conv**-0.5)
+
+    def bank(name: str) -> tuple[str, ...]:
+        return shape.modalities if name in config.routed else ()
+
+    result = {f"in_proj.{p}.weight": Part((widths[p], d), normal, 0, entries=bank(p)) for p in PROJECTIONS}
+    for p in ("x", "B", "C"):
+        result[f"conv.{p}.weight"] = Part((widths[p], config.d_conv), conv, 0, decay=False)
+        result[f"conv.{p}.bias"] = Part((widths[p],), conv, 0, decay=False)
+    dt_bias = Init("inverse_softplus", config.dt_min, config.dt_max)
+    result["dt_bias"] = Part((heads,), dt_bias, 0, decay=False, entries=bank("dt_bias"))
+    result["A_log"] = Part((heads,), Init("log_uniform", config.a_min, config.a_max), 0, decay=False)
+    result["D"] = Part((heads,), Init("constant", 1.0), 0, decay=False)
+    result["norm.weight"] = Part((inner,), Init("constant", 1.0), 0, decay=False)
+    result["out_proj.weight"] = Part((d, inner), Init("normal", shape.output_std), 1, entries=bank("out"))
+    return result
+
+
+class Mamba(Mixer):
+    """x, B, C through a causal convolution, SSD with this rank's heads and groups, gate, grouped RMSNorm, out."""
+
+    config: MambaConfig
+
+    def forward(self, h_TD: Tensor, layout: Layout) -> Tensor:
+        z, xBC, dt = self._in(h_TD, layout.modality)
+        weight, bias = self._conv_parameters()
+        xBC = causal_conv1d(xBC[None], weight, bias, seq_idx=layout.seq_idx)
+        y = self._scan(xBC, dt[None], layout.modality, layout.seq_idx)[0]
+        return self._out(y[0], z, layout.modality)
+
+    def extend(self, h_bsD: Tensor, new: NewTokens, cache: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        b, s, _ = h_bsD.shape
+        z, xBC, dt = self._in(flat(h_bsD), new.modality)
+        weight, bias = self._conv_parameters()
+        xBC, conv_state = causal_conv1d(
+            xBC.view(b, s, -1),
+            weight,
+            bias,
+            seq_idx=new.seq_idx,
+            initial_state=cache.get("conv"),
+            return_final_state=True,
+        )
+        y, state = self._scan(xBC, dt.view(b, s, -1), new.modality, new.seq_idx, cache.get("ssm"))
+        out = self._out(flat(y), z, new.modality)
+        return out.view(b, s, -1), {"conv": conv_state, "ssm": state}
+
+    def _in(self, h_TD: Tensor, plan: Route) -> tuple[Tensor, Tensor, Tensor]:
+        weights = [getattr(self.in_proj, p).weight for p in PROJECTIONS]
+        z, x, B, C, dt = project(h_TD, weights, plan)
+        return z, torch.cat((x, B, C), dim=-1), dt
+
+    def _conv_parameters(self) -> tuple[Tensor, Tensor]:
+        convs = (self.conv.x, self.conv.B, self.conv.C)
+        return torch.cat([local(c.weight) for c in convs]), torch.cat([local(c.bias) for c in convs])
+
+    def _scan(
+        self, xBC: Tensor, dt: Tensor, plan: Route, seq_idx: Tensor, state: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """[b, l, x|B|C] → y [b, l, I] and the final state [b, H, P, N]."""
+        b, length, heads = dt.shape
+        groups = self.config.n_groups // self.mesh.tp_size
+        x, B, C = xBC.split((heads * self.config.head_dim, *[groups * self.config.d_state] * 2), dim=-1)
+        compute = torch.promote_types(xBC.dtype, torch.float32)
+        outputs = ssd(
+            x.unflatten(-1, (heads, self.config.head_dim)),
+            dt,
+            -local(self.A_log).to(compute).exp(),
+            B.unflatten(-1, (groups, self.config.d_state)),
+            C.unflatten(-1, (groups, self.config.d_state)),
+            self.config.chunk_size,
+            D=local(self.D),
+            dt_bias=self._dt_bias(plan, b, length),
+            dt_softplus=True,
+            initial_states=state,
+            seq_idx=seq_idx,
+            return_final_states=True,
+        )
+        assert isinstance(outputs, tuple)
+        return outputs[0].flatten(-2), outputs[1]
+
+    def _dt_bias(self, plan: Route, b: int, length: int) -> Tensor:
+        """[H], or [b, l, H] where each modality has its own."""
+        if "dt_bias" not in self.config.routed:
+            return local(self.dt_bias)
+        table = torch.stack([local(getattr(self.dt_bias, m)) for m in self.shape.modalities])
+        # A product with the one-hot rows, not an index: its backward is deterministic on every device.
+        one_hot = nn.functional.one_hot(plan.ids, len(self.shape.modalities)).to(table.dtype)
+        return (one_hot @ table).view(b, length, -1)
+
+    def _out(self, y: Tensor, z: Tensor, plan: Route) -> Tensor:
+        group_size = self.config.d_inner(self.shape) // self.config.n_groups
+        y = gated_rms_norm(y, z, local(self.norm.weight), group_size=group_size, eps=self.shape.norm_eps)
+        return packed_linear(y, [self.out_proj.weight], plan)
+
+
+def flops(config: MambaConfig, shape: Shape, mean_keys: float) -> float:
+    """Forward FLOPs per token; SSD counted as the chunked algorithm does it, causal half of a chunk's square."""
+    inner, heads = config.d_inner(shape), config.n_heads(shape)
+    bc = config.n_groups * config.d_state
+    projections = 2 * shape.d_model * (2 * inner + 2 * bc + heads) + 2 * inner * shape.d_model
+    conv = 2 * config.d_conv * (inner + 2 * bc)
+    intra = config.chunk_size * (bc + inner)
+    states = 2 * 2 * inner * config.d_state
+    return float(projections + conv + intra + states)
+
+
+def hf_keys(config: MambaConfig) -> tuple[HFKey, ...]:
+    return (
+        HFKey("in_proj.weight", tuple(f"in_proj.{p}.weight" for p in PROJECTIONS)),
+        HFKey("conv1d.weight", tuple(f"conv.{p}.weight" for p in "xBC"), unsqueeze=1),
+        HFKey("conv1d.bias", tuple(f"conv.{p}.bias" for p in "xBC")),
+        HFKey("dt_bias", ("dt_bias",)),
+        HFKey("A_log", ("A_log",)),
+        HFKey("D", ("D",)),
+        HFKey("norm.weight", ("norm.weight",)),
+        HFKey("out_proj.weight", ("out_proj.weight",)),
+    )
+
+
+KIND = Kind("M", "Mamba-2", "mamba", Mamba, parts, check, flops, hf_keys)
