@@ -1,0 +1,120 @@
+"""Run a function on several gloo ranks, forked from one process that has imported everything.
+
+Importing torch and megatron-core costs seconds of CPU per process; the fork server pays it once per session, and each
+case then gets fresh ranks in milliseconds. A case that hangs is killed, and the next one starts clean.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import io
+import multiprocessing as mp
+import os
+import sys
+import tempfile
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+PRELOAD = ["ranks", "ranks_preload"]
+# The fork server of Python < 3.13 forgets our sys.path, and then silently preloads nothing.
+os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]).rstrip(":")
+
+
+def run_ranks(world_size: int, function: Callable[..., Any], *args: Any, timeout: float = 120) -> list[Any]:
+    """Call `function(*args)` on `world_size` ranks with the launcher's environment set; results in rank order.
+
+    Raises:
+        AssertionError: a rank failed (its traceback), or the case took longer than `timeout` seconds.
+    """
+    context = mp.get_context("forkserver")
+    context.set_forkserver_preload(PRELOAD)
+    installed = function.__module__.startswith("polylepis.")
+    file, name = function.__module__ if installed else function.__code__.co_filename, function.__name__
+    with tempfile.TemporaryDirectory() as store:
+        pipes, processes = [], []
+        for rank in range(world_size):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_rank, args=(rank, world_size, store, file, name, args, theirs))
+            process.start()
+            theirs.close()
+            pipes.append(ours)
+            processes.append(process)
+        try:
+            return _collect(pipes, timeout)
+        finally:
+            for process in processes:
+                process.kill()
+                process.join()
+
+
+def _collect(pipes: list[Connection], timeout: float) -> list[Any]:
+    results: dict[int, Any] = {}
+    while len(results) < len(pipes):
+        ready = wait([pipe for rank, pipe in enumerate(pipes) if rank not in results], timeout)
+        if not ready:
+            missing = sorted(set(range(len(pipes))) - results.keys())
+            raise AssertionError(f"ranks {missing} gave no answer within {timeout} s")
+        for pipe in ready:
+            rank = pipes.index(pipe)  # type: ignore[arg-type]
+            try:
+                ok, value = _unpack(pipe.recv_bytes())  # type: ignore[union-attr]
+            except (EOFError, ConnectionResetError):
+                raise AssertionError(f"rank {rank} died without an answer") from None
+            if not ok:
+                raise AssertionError(f"rank {rank} failed:\n{value}")
+            results[rank] = value
+    return [results[rank] for rank in range(len(pipes))]
+
+
+def _rank(
+    rank: int, world_size: int, store: str, file: str, name: str, args: tuple[Any, ...], pipe: Connection
+) -> None:
+    import torch
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size))
+    try:
+        path = Path(store) / "store"
+        dist.init_process_group("gloo", store=dist.FileStore(str(path), world_size), rank=rank, world_size=world_size)
+        function = getattr(_load(file), name)
+        pipe.send_bytes(_pack((True, function(*args))))
+    except BaseException:
+        pipe.send_bytes(_pack((False, traceback.format_exc())))
+    finally:
+        pipe.close()
+        os._exit(0)  # no teardown: the other ranks may be gone already
+
+
+def _pack(value: Any) -> bytes:
+    """By value: torch would otherwise send handles to shared memory that dies with the rank."""
+    import torch
+
+    buffer = io.BytesIO()
+    torch.save(value, buffer)
+    return buffer.getvalue()
+
+
+def _unpack(data: bytes) -> Any:
+    import torch
+
+    return torch.load(io.BytesIO(data), weights_only=False)  # our own ranks' answer
+
+
+def _load(file: str) -> Any:
+    """A module of the package by name, a test module by its file."""
+    if not file.endswith(".py"):
+        return importlib.import_module(file)
+    module_name = f"case_{Path(file).stem}"
+    if module_name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(module_name, file)
+        assert spec is not None and spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[module_name] = module
+        spec.loader.exec_module(module)
+    return sys.modules[module_name]
