@@ -1,0 +1,105 @@
+"""Documents and prompts: text, images and voice as one sequence of unified tokens, and back."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from .codecs import Codec
+from .errors import DataError
+from .tokenizer import TextTokenizer
+from .vocabulary import Vocabulary
+
+Content = str | Sequence[int] | np.ndarray
+Span = tuple[str, Content]
+
+
+@dataclass(frozen=True)
+class Composer:
+    """Builds token sequences of a data set's vocabulary.
+
+    A document is `bos, spans…, eos`; a span of modality k >= 1 stands between its begin and end tokens, text stands
+    bare. The content of a span is a `str` (text), local codes (a list, or an int32/int64 array [n]), or what the
+    modality's codec takes: uint8 [height, width] for images, int16 or float [n] for voice.
+    """
+
+    vocabulary: Vocabulary
+    tokenizer: TextTokenizer
+    codecs: Mapping[str, Codec]
+
+    def span(self, modality: str, content: Content) -> np.ndarray:
+        """Unified tokens int64 [n] of one span, with its begin and end tokens; DataError for unusable content."""
+        local = self.local_codes(modality, content)
+        ids = self.vocabulary.to_unified(modality, local)
+        if modality == "text":
+            return ids
+        return np.concatenate(([self.vocabulary.begin(modality)], ids, [self.vocabulary.end(modality)]))
+
+    def local_codes(self, modality: str, content: Content) -> np.ndarray:
+        """Local codes int64 [n] of a span's content; DataError for unusable content."""
+        self.vocabulary.modality_id(modality)
+        if isinstance(content, str):
+            if modality != "text":
+                raise DataError(f"{modality} spans take codes or an array, not a string")
+            return np.array(self.tokenizer.encode(content), dtype=np.int64)
+        is_codes = not isinstance(content, np.ndarray) or (content.ndim == 1 and content.dtype in (np.int32, np.int64))
+        if is_codes:
+            return np.asarray(content, dtype=np.int64).reshape(-1)
+        if modality not in self.codecs:
+            raise DataError(f"no codec for {modality} here; give its codes, or a modality among {list(self.codecs)}")
+        return self.codecs[modality].encode(np.asarray(content))
+
+    def document(self, spans: Sequence[Span]) -> np.ndarray:
+        """int64 [n]: bos, the spans, eos."""
+        return np.concatenate((self.prompt(spans), [Vocabulary.EOS]))
+
+    def prompt(self, spans: Sequence[Span], open: str | None = None) -> np.ndarray:
+        """int64 [n]: bos, the spans, and the begin token of modality `open` if the model is to go on with one."""
+        parts = [np.array([Vocabulary.BOS], dtype=np.int64)]
+        parts += [self.span(modality, content) for modality, content in spans]
+        if open is not None and open != "text":
+            parts.append(np.array([self.vocabulary.begin(open)], dtype=np.int64))
+        return np.concatenate(parts)
+
+    def spans(self, tokens: Sequence[int] | np.ndarray) -> list[tuple[str, np.ndarray]]:
+        """The inverse of `document`, as far as tokens are well formed: (modality, local codes int64 [n]) per span.
+
+        Specials are dropped, reading stops at eos, and a span ends where the modality changes: also a sequence that a
+        half-trained model generated can be read.
+        """
+        table = self.vocabulary.modality_table()
+        spans: list[tuple[str, list[int]]] = []
+        fresh = True
+        for token in np.asarray(tokens, dtype=np.int64).tolist():
+            if token == Vocabulary.EOS:
+                break
+            if not 0 <= token < self.vocabulary.size:
+                raise DataError(f"token {token} is outside 0..{self.vocabulary.size - 1}")
+            modality = self.vocabulary.modalities[table[token]]
+            ids = self.vocabulary.range_of(modality)
+            if token not in ids:
+                fresh = True
+                continue
+            if fresh or spans[-1][0] != modality:
+                spans.append((modality, []))
+            fresh = False
+            spans[-1][1].append(token - ids.start)
+        return [(modality, np.array(codes, dtype=np.int64)) for modality, codes in spans]
+
+    def decode(self, tokens: Sequence[int] | np.ndarray) -> list[tuple[str, str | np.ndarray]]:
+        """(modality, content) per span: text as `str`, others through their codec.
+
+        Raises:
+            DataError: a span that its codec cannot decode, e.g. an image with the wrong number of codes.
+        """
+        decoded: list[tuple[str, str | np.ndarray]] = []
+        for modality, codes in self.spans(tokens):
+            if modality == "text":
+                decoded.append((modality, self.tokenizer.decode(codes.tolist())))
+            elif modality in self.codecs:
+                decoded.append((modality, self.codecs[modality].decode(codes)))
+            else:
+                decoded.append((modality, codes))
+        return decoded

@@ -1,0 +1,319 @@
+"""A data set folder: manifest, tokenizer, codecs, shards and their indices, opened with every claim checked."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .codecs import Codec, load_codec
+from .compose import Composer
+from .errors import DataError
+from .files import sha256_file, write_atomic
+from .index import BLOCK, ShardIndex, index_path, read_groups, scan_shard
+from .shards import ShardFiles
+from .tokenizer import TextTokenizer
+from .vocabulary import Vocabulary
+
+MANIFEST = "manifest.json"
+TOKENIZER = "tokenizer.model"
+MANIFEST_VERSION = 1
+
+
+def codec_file(modality: str) -> str:
+    """Name of a modality's codec inside the folder."""
+    return f"{modality}.codec.npz"
+
+
+@dataclass
+class Split:
+    """One split as flat arrays over all its samples, in shard order.
+
+    Attributes:
+        name: e.g. "train".
+        keys: bytes [n].
+        lengths: int64 [n] tokens per document, bos and eos included.
+        modality_lengths: int64 [n, M], summing to `lengths`.
+        shard: int64 [n]; span_offset, span_bytes, token_offset, token_bytes int64 [n]; token_crc32 uint32 [n].
+        files: the shards.
+    """
+
+    name: str
+    keys: np.ndarray
+    lengths: np.ndarray
+    modality_lengths: np.ndarray
+    shard: np.ndarray
+    span_offset: np.ndarray
+    span_bytes: np.ndarray
+    token_offset: np.ndarray
+    token_bytes: np.ndarray
+    token_crc32: np.ndarray
+    files: ShardFiles = field(repr=False)
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def key(self, sample: int) -> str:
+        """The sample's key."""
+        return bytes(self.keys[sample]).decode()
+
+    def tokens(self, sample: int) -> np.ndarray:
+        """Unified tokens int64 [length] of one document: one read, crc checked (DataError names shard and offset)."""
+        size = int(self.token_bytes[sample])
+        data = self.files.read_checked(
+            int(self.shard[sample]),
+            int(self.token_offset[sample]),
+            size,
+            int(self.token_crc32[sample]),
+            self.key(sample),
+        )
+        return np.frombuffer(data, dtype=f"<u{size // int(self.lengths[sample])}").astype(np.int64)
+
+    def members(self, sample: int) -> dict[str, bytes]:
+        """All members of a sample by extension ("json", "tokens.npy", "png", …), in one read."""
+        import io
+
+        offset, size = int(self.span_offset[sample]), int(self.span_bytes[sample])
+        shard = int(self.shard[sample])
+        span = self.files.read(shard, offset, size)
+        # The span alone is an archive without its end; two zero blocks complete it.
+        archive = span + bytes(2 * BLOCK)
+        (group,) = read_groups(io.BytesIO(archive), len(archive), self.files.paths[shard].name)
+        return {member.extension: archive[member.offset : member.offset + member.size] for member in group}
+
+    def meta(self, sample: int) -> dict[str, Any]:
+        """The sample's `json` member: kind, digit, caption, spans, lengths, …"""
+        return json.loads(self.members(sample)["json"])
+
+
+@dataclass
+class Dataset:
+    """An opened data set; see `open`.
+
+    Attributes:
+        path: the folder.
+        manifest: contents of manifest.json.
+        identity: 64 hexadecimal digits, the hash of the manifest; it goes into every checkpoint.
+        vocabulary, tokenizer, codecs: what the tokens mean.
+        splits: name -> `Split`.
+    """
+
+    path: Path
+    manifest: dict[str, Any]
+    identity: str
+    vocabulary: Vocabulary
+    tokenizer: TextTokenizer
+    codecs: dict[str, Codec]
+    splits: dict[str, Split]
+
+    @property
+    def composer(self) -> Composer:
+        """Builds documents and prompts of this data set's vocabulary."""
+        return Composer(self.vocabulary, self.tokenizer, self.codecs)
+
+    def split(self, name: str) -> Split:
+        """The split of that name; DataError lists those there are."""
+        if name not in self.splits:
+            raise DataError(f"{self.path} has no split {name!r}; it has {', '.join(self.splits)}")
+        return self.splits[name]
+
+    def documents(self, split: str) -> Iterator[tuple[str, dict[str, Any], np.ndarray]]:
+        """(key, meta, tokens int64 [n]) of every sample of a split, in shard order."""
+        samples = self.split(split)
+        for i in range(len(samples)):
+            yield samples.key(i), samples.meta(i), samples.tokens(i)
+
+    @classmethod
+    def open(cls, path: str | Path) -> Dataset:
+        """Opens a folder and checks, without reading the shards, that everything in it belongs together.
+
+        Raises:
+            DataError: no or unreadable manifest; a tokenizer, codec or vocabulary whose fingerprint is another; a
+                shard that is missing, truncated, foreign (its index tells of another tar, or other vocabularies, or
+                the manifest does not list it) or without index.
+        """
+        root = Path(path)
+        manifest, identity = read_manifest(root)
+        vocabulary = Vocabulary.from_json(manifest["vocabulary"])
+        expected: dict[str, str] = manifest["fingerprints"]
+        tokenizer = TextTokenizer.load(root / TOKENIZER)
+        codecs: dict[str, Codec] = {m: load_codec(root / codec_file(m)) for m in vocabulary.modalities[1:]}
+        found = fingerprints(vocabulary, tokenizer, codecs)
+        for name, value in found.items():
+            if expected.get(name) != value:
+                file = "vocabulary" if name == "vocabulary" else TOKENIZER if name == "text" else codec_file(name)
+                raise DataError(
+                    f"{root / file}: fingerprint {value[:12]} differs from {str(expected.get(name))[:12]} in the "
+                    "manifest: the shards were made with another one; restore it or build the data set again"
+                )
+        listed = {shard["name"] for shards in manifest["splits"].values() for shard in shards}
+        stray = sorted(tar.name for tar in root.glob("*.tar") if tar.name not in listed)
+        if stray:
+            raise DataError(f"{root / stray[0]} is not in the manifest: a foreign shard; move it out of the folder")
+        splits = {name: _open_split(root, name, shards, expected) for name, shards in manifest["splits"].items()}
+        return cls(root, manifest, identity, vocabulary, tokenizer, codecs, splits)
+
+    def validate(self) -> Iterator[tuple[str, int]]:
+        """Reads everything: hashes of all files, indices against the tars, every sample's tokens and spans.
+
+        Yields:
+            (shard name, number of samples), after each shard was found good.
+
+        Raises:
+            DataError: the first thing that is wrong.
+        """
+        for name, entry in self.manifest["files"].items():
+            if sha256_file(self.path / name) != entry["sha256"]:
+                raise DataError(f"{self.path / name}: sha256 differs from the manifest")
+        seen: set[bytes] = set()
+        for split_name, shards in self.manifest["splits"].items():
+            split = self.splits[split_name]
+            start = 0
+            for shard in shards:
+                tar = self.path / shard["name"]
+                stored, scanned = ShardIndex.load(index_path(tar)), scan_shard(tar)
+                _compare(tar, stored, scanned)
+                if scanned.header["sha256"] != shard["sha256"]:
+                    raise DataError(f"{tar}: sha256 differs from the manifest: the shard was changed")
+                keys = set(scanned.keys.tolist())
+                if keys & seen:
+                    raise DataError(f"{tar}: duplicate key {min(keys & seen).decode()!r} also in another shard")
+                seen |= keys
+                for i in range(start, start + len(scanned)):
+                    self._check_sample(split, i)
+                start += len(scanned)
+                yield shard["name"], len(scanned)
+
+    def _check_sample(self, split: Split, sample: int) -> None:
+        where = f"{split.files.paths[int(split.shard[sample])].name}: {split.key(sample)!r}"
+        tokens, meta = split.tokens(sample), split.meta(sample)
+        if tokens.max() >= self.vocabulary.used:
+            raise DataError(f"{where}: token {tokens.max()} is outside the vocabulary of {self.vocabulary.used}")
+        counts = np.bincount(self.vocabulary.modality_table()[tokens], minlength=len(self.vocabulary.modalities))
+        if not np.array_equal(counts, split.modality_lengths[sample]):
+            raise DataError(f"{where}: tokens per modality {counts.tolist()} differ from the index")
+        spans = self.composer.spans(tokens)
+        if [name for name, _ in spans] != [name for name, _ in meta["spans"]]:
+            raise DataError(f"{where}: spans {[name for name, _ in spans]} differ from those in its json")
+        self.composer.decode(tokens)
+
+
+def fingerprints(vocabulary: Vocabulary, tokenizer: TextTokenizer, codecs: Mapping[str, Codec]) -> dict[str, str]:
+    """Name -> fingerprint of all that gives tokens their meaning."""
+    return {
+        "vocabulary": vocabulary.fingerprint,
+        "text": tokenizer.fingerprint,
+        **{modality: codec.fingerprint for modality, codec in codecs.items()},
+    }
+
+
+def read_manifest(root: Path) -> tuple[dict[str, Any], str]:
+    """The manifest of a folder and its hash; DataError when there is none or it is of another version."""
+    file = root / MANIFEST
+    if not file.is_file():
+        raise DataError(f"{root} is no data set: {MANIFEST} is missing; make one with: polylepis data build quickstart")
+    raw = file.read_bytes()
+    try:
+        manifest = json.loads(raw)
+        version = manifest["version"]
+        missing = {"vocabulary", "fingerprints", "splits", "files", "generator"} - set(manifest)
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{file} is not a manifest ({error!r})") from error
+    if version != MANIFEST_VERSION or missing:
+        raise DataError(f"{file}: version {version}, fields missing: {sorted(missing)}; this reads {MANIFEST_VERSION}")
+    return manifest, hashlib.sha256(raw).hexdigest()
+
+
+def write_manifest(
+    root: Path,
+    *,
+    name: str,
+    generator: Mapping[str, Any],
+    provenance: Mapping[str, Any],
+    composer: Composer,
+    splits: Mapping[str, list[ShardIndex]],
+) -> None:
+    """Writes manifest.json, the last file of a build: a folder without it is no data set."""
+    shards = {
+        split: [
+            {
+                "name": index.header["tar"],
+                "bytes": index.header["bytes"],
+                "sha256": index.header["sha256"],
+                "n_samples": len(index),
+                "tokens": dict(
+                    zip(composer.vocabulary.modalities, index.modality_lengths.sum(axis=0).tolist(), strict=True)
+                ),
+            }
+            for index in indices
+        ]
+        for split, indices in splits.items()
+    }
+    names = [TOKENIZER, *(codec_file(modality) for modality in composer.codecs)]
+    manifest = {
+        "version": MANIFEST_VERSION,
+        "name": name,
+        "generator": dict(generator),
+        "provenance": dict(provenance),
+        "modalities": list(composer.vocabulary.modalities),
+        "vocabulary": composer.vocabulary.to_json(),
+        "fingerprints": fingerprints(composer.vocabulary, composer.tokenizer, composer.codecs),
+        "files": {f: {"bytes": (root / f).stat().st_size, "sha256": sha256_file(root / f)} for f in names},
+        "splits": shards,
+    }
+    write_atomic(root / MANIFEST, (json.dumps(manifest, indent=1, sort_keys=True) + "\n").encode())
+
+
+def _open_split(root: Path, name: str, shards: list[dict[str, Any]], expected: dict[str, str]) -> Split:
+    """Loads the indices of one split and checks them against manifest and files."""
+    indices = []
+    for shard in shards:
+        tar = root / shard["name"]
+        if not tar.is_file():
+            raise DataError(f"shard {tar} is missing")
+        size = tar.stat().st_size
+        if size != shard["bytes"]:
+            what = "truncated" if size < shard["bytes"] else "foreign or changed"
+            raise DataError(f"shard {tar} is {what}: {size} bytes, the manifest says {shard['bytes']}")
+        index = ShardIndex.load(index_path(tar))
+        if index.header["sha256"] != shard["sha256"] or index.header["bytes"] != size:
+            raise DataError(f"index {index_path(tar)} belongs to another tar: a foreign shard or index")
+        if index.header["fingerprints"] != expected or index.header["split"] != name:
+            raise DataError(f"shard {tar} is foreign: made with other vocabularies or for another split than {name!r}")
+        if len(index) != shard["n_samples"]:
+            raise DataError(f"index {index_path(tar)}: {len(index)} samples, the manifest says {shard['n_samples']}")
+        indices.append(index)
+    if not indices:
+        raise DataError(f"{root}: split {name!r} has no shards")
+
+    def join(attribute: str) -> np.ndarray:
+        return np.concatenate([getattr(index, attribute) for index in indices])
+
+    return Split(
+        name=name,
+        keys=join("keys"),
+        lengths=join("lengths"),
+        modality_lengths=join("modality_lengths"),
+        shard=np.repeat(np.arange(len(indices)), [len(index) for index in indices]),
+        span_offset=join("span_offset"),
+        span_bytes=join("span_bytes"),
+        token_offset=join("token_offset"),
+        token_bytes=join("token_bytes"),
+        token_crc32=join("token_crc32"),
+        files=ShardFiles([root / shard["name"] for shard in shards]),
+    )
+
+
+def _compare(tar: Path, stored: ShardIndex, scanned: ShardIndex) -> None:
+    """Refuses an index that is not what a scan of the tar gives, naming the first difference."""
+    if stored.header != scanned.header:
+        field_name = next(k for k in scanned.header if stored.header.get(k) != scanned.header[k])
+        raise DataError(f"{tar}: its index differs from the tar in {field_name!r}: the shard was changed")
+    for array in ShardIndex._ARRAYS:
+        if not np.array_equal(getattr(stored, array), getattr(scanned, array)):
+            raise DataError(f"{tar}: its index differs from the tar in {array!r}; rebuild it with: data index {tar}")

@@ -1,0 +1,93 @@
+"""What the commands do: rebuilding indices, and describing a data set in words."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from .dataset import MANIFEST, Dataset, read_manifest
+from .errors import DataError
+from .index import ShardIndex, index_path, scan_shard
+from .packing import PackPlan, permute, shuffle_quality
+
+_SHADES = " .:-=+*#%@"
+
+
+def index_shards(shards: Sequence[Path]) -> Iterator[tuple[Path, ShardIndex]]:
+    """Rebuilds the index of every tar, one after the other; an old index stays until its successor is complete.
+
+    Raises:
+        DataError: a tar that is missing, unsound (see `scan_shard`), or not the one that the manifest beside it lists.
+    """
+    missing = [str(tar) for tar in shards if not tar.is_file()]
+    if missing:
+        raise DataError(f"no such shard: {', '.join(missing)}")
+    for tar in shards:
+        found = scan_shard(tar)
+        if (tar.parent / MANIFEST).is_file():
+            manifest, _ = read_manifest(tar.parent)
+            listed = {shard["name"]: shard for entries in manifest["splits"].values() for shard in entries}
+            if tar.name not in listed:
+                raise DataError(f"{tar} is not in the manifest beside it: a foreign shard; no index was written")
+            if listed[tar.name]["sha256"] != found.header["sha256"]:
+                raise DataError(f"{tar}: sha256 differs from the manifest: foreign or changed shard; no index written")
+        found.save(index_path(tar))
+        yield tar, found
+
+
+def describe(dataset: Dataset, *, seq_len: int, window: int, samples: int, seed: int) -> Iterator[str]:
+    """Lines for people: where the data came from, a table of splits, packing figures, and decoded samples."""
+    manifest, modalities = dataset.manifest, dataset.vocabulary.modalities
+    generator = " ".join(f"{key}={value}" for key, value in manifest["generator"].items())
+    yield f"{dataset.path}  identity {dataset.identity[:16]}"
+    yield f"made by: {generator}"
+    yield from (f"{name}: {manifest['provenance'][name]}" for name in modalities if name in manifest["provenance"])
+    ranges = ", ".join(
+        f"{name} {ids.start}..{ids.stop - 1}" for name, ids in ((m, dataset.vocabulary.range_of(m)) for m in modalities)
+    )
+    yield f"vocabulary: {dataset.vocabulary.used} of {dataset.vocabulary.size} ids used; {ranges}"
+    yield ""
+    head = "".join(f"{name:>10s}" for name in modalities)
+    yield f"{'split':10s}{'shards':>7s}{'samples':>9s}{'tokens':>10s}{head}{'mean':>7s}{'longest':>8s}{'MB':>7s}"
+    for name, split in dataset.splits.items():
+        counts = "".join(f"{count:10,d}" for count in split.modality_lengths.sum(axis=0).tolist())
+        megabytes = sum(shard["bytes"] for shard in manifest["splits"][name]) / 1e6
+        yield (
+            f"{name:10s}{len(split.files.paths):7d}{len(split):9,d}{split.lengths.sum():10,d}{counts}"
+            f"{split.lengths.mean():7.1f}{split.lengths.max():8d}{megabytes:7.1f}"
+        )
+    yield ""
+    for name, split in dataset.splits.items():
+        if split.lengths.max() > seq_len:
+            yield f"{name}: documents of up to {split.lengths.max()} tokens do not fit into seq_len {seq_len}"
+            continue
+        plan = PackPlan(split.lengths, seq_len=seq_len, window=window, seed=seed)
+        yield (
+            f"{name}: {plan.packs_per_epoch():,d} packs of {seq_len} per epoch, fill {plan.fill():.4f}, "
+            f"shuffle quality {shuffle_quality(plan):.2f} (1.00: as if drawn at random)"
+        )
+    split = next(iter(dataset.splits.values())) if "train" not in dataset.splits else dataset.splits["train"]
+    shown = permute(np.arange(min(samples, len(split))), len(split), (3, seed))
+    for sample in shown.tolist():
+        yield ""
+        yield f"{split.key(sample)} ({split.meta(sample)['kind']}, {split.lengths[sample]} tokens)"
+        for modality, content in dataset.composer.decode(split.tokens(sample)):
+            yield from _content(modality, content)
+
+
+def _content(modality: str, content: str | np.ndarray) -> Iterator[str]:
+    """One span: text as it is (shortened), an array as a small picture in characters."""
+    if isinstance(content, str):
+        text = " ".join(content.split())
+        yield f"  {modality}: {text if len(text) <= 100 else text[:97] + '...'}"
+        return
+    yield f"  {modality}: {content.dtype} {list(content.shape)}"
+    if content.ndim != 2:
+        return
+    # Voice is time x bands: turn it, so that time runs to the right and high bands stand on top; every third is shown.
+    picture = content.astype(np.float64) if content.dtype == np.uint8 else content.T[::-3].astype(np.float64)
+    low, high = picture.min(), picture.max()
+    for row in (picture - low) / max(high - low, 1e-9) * (len(_SHADES) - 1):
+        yield "    " + "".join(_SHADES[round(value)] * 2 for value in row.tolist())

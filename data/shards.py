@@ -1,0 +1,225 @@
+"""Shards: plain webdataset tars, written through `webdataset.TarWriter` and read by `os.pread`.
+
+A tar appears under its final name only when it is complete and durable, and its index with it.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import zlib
+from collections import OrderedDict
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+
+from .errors import DataError
+from .files import fsync_folder
+from .index import ShardIndex, index_path, scan_shard
+from .vocabulary import Vocabulary
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One document, ready to be written.
+
+    Attributes:
+        key: unique in the data set; no dot and no slash.
+        kind: e.g. "text" or "image-caption".
+        tokens: unified ids int64 [n], beginning with bos.
+        spans: (modality, number of tokens with begin and end) in order; bos and eos are not in a span.
+        text, png, wav: what the document was made from, where it has any.
+        meta: further JSON-able facts (digit, caption, ...).
+    """
+
+    key: str
+    kind: str
+    tokens: np.ndarray
+    spans: list[tuple[str, int]]
+    text: str | None = None
+    png: bytes | None = None
+    wav: bytes | None = None
+    meta: dict[str, Any] = field(default_factory=dict)
+
+
+class ShardWriter:
+    """Writes the samples of one split into `{folder}/{split}-{00000}.tar` and their indices.
+
+    Use it as a context manager: leaving it normally finishes the last shard; leaving it by an exception removes the
+    unfinished `.tar.part`. A killed process leaves at most that `.part` file behind.
+
+    Args:
+        folder: existing folder.
+        split: e.g. "train".
+        vocabulary: table that the tokens belong to.
+        fingerprints: name -> fingerprint of the vocabulary, tokenizer and codecs, stored with every sample.
+        samples_per_shard: shards are cut after this many samples.
+
+    Raises:
+        DataError: a shard of that name exists already (nothing is overwritten).
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        split: str,
+        vocabulary: Vocabulary,
+        fingerprints: Mapping[str, str],
+        *,
+        samples_per_shard: int = 4096,
+    ) -> None:
+        self.folder, self.split, self.vocabulary = folder, split, vocabulary
+        self.fingerprints = dict(fingerprints)
+        self.samples_per_shard = samples_per_shard
+        self.indices: list[ShardIndex] = []
+        self._table = vocabulary.modality_table()
+        self._dtype = np.dtype("<u2") if vocabulary.size <= 1 << 16 else np.dtype("<u4")
+        self._file: io.BufferedWriter | None = None
+        self._tar: Any = None
+        self._count = 0
+        self._keys: set[str] = set()
+
+    def __enter__(self) -> ShardWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is None:
+            self._finish()
+        elif self._file is not None:
+            self._tar.close()
+            self._file.close()
+            self._part.unlink(missing_ok=True)
+
+    @property
+    def _tar_path(self) -> Path:
+        return self.folder / f"{self.split}-{len(self.indices):05d}.tar"
+
+    @property
+    def _part(self) -> Path:
+        return self._tar_path.with_name(self._tar_path.name + ".part")
+
+    def write(self, sample: Sample) -> None:
+        """Appends one sample; DataError for a bad or repeated key, or tokens outside the vocabulary."""
+        if not sample.key or "." in sample.key or "/" in sample.key:
+            raise DataError(f"sample key {sample.key!r} must be non-empty, without dots and slashes")
+        if sample.key in self._keys:
+            raise DataError(f"duplicate sample key {sample.key!r}")
+        tokens = np.asarray(sample.tokens)
+        if tokens.ndim != 1 or not tokens.size or tokens.min() < 0 or tokens.max() >= self.vocabulary.used:
+            raise DataError(f"sample {sample.key!r}: tokens must be 1-D ids in 0..{self.vocabulary.used - 1}")
+        if tokens[0] != Vocabulary.BOS:
+            raise DataError(f"sample {sample.key!r}: a document begins with bos ({Vocabulary.BOS}), got {tokens[0]}")
+        self._keys.add(sample.key)
+        if self._file is None:
+            self._start()
+        self._tar.write({"__key__": sample.key, **self._members(sample, tokens)})
+        self._count += 1
+        if self._count == self.samples_per_shard:
+            self._finish()
+
+    def _members(self, sample: Sample, tokens: np.ndarray) -> dict[str, bytes]:
+        counts = np.bincount(self._table[tokens], minlength=len(self.vocabulary.modalities))
+        meta = {
+            "kind": sample.kind,
+            "split": self.split,
+            "modalities": list(self.vocabulary.modalities),
+            "lengths": dict(zip(self.vocabulary.modalities, counts.tolist(), strict=True)),
+            "spans": [list(span) for span in sample.spans],
+            "fingerprints": self.fingerprints,
+            **sample.meta,
+        }
+        array = io.BytesIO()
+        np.lib.format.write_array(array, tokens.astype(self._dtype), allow_pickle=False)
+        members = {"json": json.dumps(meta, separators=(",", ":")).encode(), "tokens.npy": array.getvalue()}
+        if sample.text is not None:
+            members["txt"] = sample.text.encode()
+        if sample.png is not None:
+            members["png"] = sample.png
+        if sample.wav is not None:
+            members["wav"] = sample.wav
+        return members
+
+    def _start(self) -> None:
+        from webdataset.writer import TarWriter  # its import takes a second: only writers pay it
+
+        if self._tar_path.exists():
+            raise DataError(f"{self._tar_path} exists; shards are never overwritten")
+        self._file = open(self._part, "wb")
+        # mtime and owner are fixed: the same samples make the same bytes.
+        self._tar = TarWriter(self._file, user="polylepis", group="polylepis", mtime=0, encoder=False, compress=False)
+
+    def _finish(self) -> None:
+        if self._file is None:
+            return
+        self._tar.close()
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+        self._file, self._count = None, 0
+        # Indexing what lies on the disk, not what we meant to write, is the first check of the shard.
+        tar, part = self._tar_path, self._part
+        index = scan_shard(part, name=tar.name)
+        index.save(index_path(tar))
+        os.replace(part, tar)
+        fsync_folder(self.folder)
+        self.indices.append(index)
+
+
+class ShardFiles:
+    """Open shards, at most `max_open` at a time, read at offsets.
+
+    `pread` and not mmap: a file that is truncated under a mapping kills the process, a short read is an error that
+    can be named.
+    """
+
+    def __init__(self, paths: list[Path], *, max_open: int = 64) -> None:
+        self.paths = paths
+        self.max_open = max_open
+        self._open: OrderedDict[int, int] = OrderedDict()
+
+    def read(self, shard: int, offset: int, size: int) -> bytes:
+        """`size` bytes of shard number `shard` at `offset`; DataError when it cannot give them."""
+        path = self.paths[shard]
+        try:
+            data = os.pread(self._descriptor(shard), size, offset)
+        except OSError as error:
+            raise DataError(f"cannot read {path} at offset {offset}: {error.strerror}") from error
+        if len(data) != size:
+            raise DataError(f"{path.name}: truncated: {len(data)} of {size} bytes at offset {offset}")
+        return data
+
+    def read_checked(self, shard: int, offset: int, size: int, crc32: int, key: str) -> bytes:
+        """As `read`, and the bytes must have this crc32; DataError names shard, offset and key otherwise."""
+        data = self.read(shard, offset, size)
+        if zlib.crc32(data) != crc32:
+            raise DataError(
+                f"{self.paths[shard].name}: corrupt tokens of {key!r} at offset {offset}: "
+                f"crc32 {zlib.crc32(data):08x}, the index says {crc32:08x}"
+            )
+        return data
+
+    def _descriptor(self, shard: int) -> int:
+        if shard in self._open:
+            self._open.move_to_end(shard)
+            return self._open[shard]
+        descriptor = os.open(self.paths[shard], os.O_RDONLY)
+        self._open[shard] = descriptor
+        if len(self._open) > self.max_open:
+            _, oldest = self._open.popitem(last=False)
+            os.close(oldest)
+        return descriptor
+
+    def close(self) -> None:
+        """Closes every file; a later read opens them again."""
+        while self._open:
+            os.close(self._open.popitem()[1])
+
+    def __del__(self) -> None:
+        self.close()

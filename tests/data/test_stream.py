@@ -1,0 +1,230 @@
+"""The stream's laws: one order whatever the ranks, exact resume anywhere, sums known from the plan."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from polylepis.data.dataset import Dataset
+from polylepis.data.errors import DataError
+from polylepis.data.stream import Step, Stream, StreamConfig, collate
+
+FIELDS = ("tokens", "labels", "loss_weight", "modality_ids", "doc_ids", "position_ids")
+
+
+@pytest.fixture(scope="module")
+def config(dataset: Dataset) -> StreamConfig:
+    """About 102 packs per epoch: nine steps cross the end of an epoch."""
+    return StreamConfig(str(dataset.path), split="heldout", seq_len=256, global_batch=12, micro_batch=4, window=200)
+
+
+def make(dataset: Dataset, config: StreamConfig, rank: int = 0, size: int = 1, state: Any = None) -> Stream:
+    return Stream(dataset, config, dp_rank=rank, dp_size=size, state=state)
+
+
+def rows(step: Step) -> dict[str, torch.Tensor]:
+    return {name: torch.cat([batch[name] for batch in step.micro_batches]) for name in FIELDS}
+
+
+def same(a: Step, b: Step) -> bool:
+    facts = ("index", "total_weight", "target_tokens", "tokens", "doc_digest", "epoch")
+    return all(getattr(a, f) == getattr(b, f) for f in facts) and all(
+        torch.equal(rows(a)[name], rows(b)[name]) for name in FIELDS
+    )
+
+
+def test_batch_contract(dataset: Dataset, config: StreamConfig) -> None:
+    step = make(dataset, replace(config, modality_weights={"image": 0.5, "voice": 0.25})).next()
+    table = torch.from_numpy(dataset.vocabulary.modality_table())
+    weights = torch.tensor([1.0, 0.5, 0.25])
+    assert len(step.micro_batches) == 3
+    most = max(batch["cu_seqlens"].shape[1] for batch in step.micro_batches)
+    for batch in step.micro_batches:
+        for name in FIELDS:
+            assert batch[name].shape == (4, 256)
+            assert batch[name].dtype == (torch.float32 if name == "loss_weight" else torch.int64)
+        assert batch["cu_seqlens"].dtype == torch.int32 and batch["cu_seqlens"].shape == (4, most)
+        pad = batch["doc_ids"] == -1
+        for name in ("tokens", "labels", "loss_weight", "modality_ids", "position_ids"):
+            assert not batch[name][pad].any()
+        assert torch.equal(batch["modality_ids"], table[batch["tokens"]])
+        for r in range(4):
+            check_row({name: value[r] for name, value in batch.items()}, table, weights)
+
+
+def check_row(row: dict[str, torch.Tensor], table: torch.Tensor, weights: torch.Tensor) -> None:
+    ends = row["cu_seqlens"].tolist()
+    documents = int(row["doc_ids"].max()) + 1
+    assert ends[0] == 0 and ends[documents:] == [int((row["doc_ids"] >= 0).sum())] * (len(ends) - documents)
+    for d in range(documents):
+        a, b = ends[d], ends[d + 1]
+        assert (row["doc_ids"][a:b] == d).all() and b > a
+        tokens = row["tokens"][a:b]
+        # Whole documents only: bos … eos, every opened span closed, and labels that never leave the document.
+        assert tokens[0] == 1 and tokens[-1] == 2 and not ((tokens[1:-1] == 1) | (tokens[1:-1] == 2)).any()
+        for k in (1, 2):
+            begins, closes = (tokens == 2 + 2 * k).sum(), (tokens == 3 + 2 * k).sum()
+            assert begins == closes
+        assert torch.equal(row["labels"][a : b - 1], tokens[1:]) and row["labels"][b - 1] == 0
+        assert torch.equal(row["loss_weight"][a : b - 1], weights[table[tokens[1:]]])
+        assert row["loss_weight"][b - 1] == 0
+        assert torch.equal(row["position_ids"][a:b], torch.arange(b - a))
+
+
+@pytest.mark.parametrize("weights", [{}, {"image": 0.5, "voice": 0.25}, {"text": 0.1, "image": 0.0}])
+def test_sums_over_the_global_batch_come_from_the_plan(
+    dataset: Dataset, config: StreamConfig, weights: dict[str, float]
+) -> None:
+    config = replace(config, micro_batch=2, modality_weights=weights)
+    streams = [make(dataset, config, rank, 3) for rank in range(3)]
+    table = dataset.vocabulary.modality_table()
+    for _ in range(3):
+        steps = [stream.next() for stream in streams]
+        batches = [batch for step in steps for batch in step.micro_batches]
+        total = sum(float(batch["loss_weight"].double().sum()) for batch in batches)
+        inside = [batch["tokens"][batch["doc_ids"] >= 0].numpy() for batch in batches]
+        # A target is a token that is not the first of its document.
+        later = [batch["tokens"][batch["position_ids"] > 0].numpy() for batch in batches]
+        for step in steps:
+            assert step.total_weight == pytest.approx(total, rel=1e-12)
+            for counts, found in ((step.tokens, inside), (step.target_tokens, later)):
+                assert list(counts.values()) == np.bincount(table[np.concatenate(found)], minlength=3).tolist()
+
+
+@pytest.mark.parametrize(
+    ("size", "micro"), [(1, 1), (1, 3), (1, 12), (2, 1), (2, 3), (2, 6), (3, 1), (3, 2), (3, 4), (4, 1), (4, 3)]
+)
+def test_global_batches_are_the_same_on_any_number_of_ranks(
+    dataset: Dataset, config: StreamConfig, size: int, micro: int
+) -> None:
+    alone = make(dataset, config)
+    streams = [make(dataset, replace(config, micro_batch=micro), rank, size) for rank in range(size)]
+    for _ in range(10):
+        expected = alone.next()
+        steps = [stream.next() for stream in streams]
+        for name in FIELDS:
+            assert torch.equal(torch.cat([rows(step)[name] for step in steps]), rows(expected)[name])
+        assert {step.doc_digest for step in steps} == {expected.doc_digest}
+    assert all(stream.state_dict() == alone.state_dict() for stream in streams)
+
+
+def test_resume_at_every_step_is_exact_also_twice_and_across_the_epoch(dataset: Dataset, config: StreamConfig) -> None:
+    stream = make(dataset, config)
+    states, steps = [stream.state_dict()], []
+    for _ in range(20):
+        steps.append(stream.next())
+        states.append(stream.state_dict())
+    assert {step.epoch for step in steps} == {0, 1, 2}
+    assert len(json.dumps(states[-1])) < 1000
+    for k in range(20):
+        resumed = make(dataset, config, state=json.loads(json.dumps(states[k])))
+        assert resumed.state_dict() == states[k], "saving at once after loading gives the same state"
+        assert same(resumed.next(), steps[k])
+        # Once more from the resumed stream, now on two ranks.
+        again = [make(dataset, replace(config, micro_batch=2), r, 2, state=resumed.state_dict()) for r in range(2)]
+        if k < 19:
+            halves = [rows(stream.next())["tokens"] for stream in again]
+            assert torch.equal(torch.cat(halves), rows(steps[k + 1])["tokens"])
+            assert again[0].state_dict() == states[k + 2]
+
+
+def test_resume_exactly_at_the_end_of_an_epoch(dataset: Dataset, config: StreamConfig) -> None:
+    packs = make(dataset, config).packs_per_epoch()
+    whole = replace(config, global_batch=packs, micro_batch=1)
+    stream = make(dataset, whole)
+    first = stream.next()
+    state = stream.state_dict()
+    assert (state["epoch"], state["window"], state["pack_in_window"]) == (1, 0, 0)
+    split = dataset.split("heldout")
+    assert first.tokens == dict(
+        zip(dataset.vocabulary.modalities, split.modality_lengths.sum(axis=0).tolist(), strict=True)
+    )
+    second = stream.next()
+    assert second.epoch == 1 and second.doc_digest != first.doc_digest
+    assert same(make(dataset, whole, state=state).next(), second)
+
+
+def test_every_document_once_per_epoch_over_three_epochs(dataset: Dataset, config: StreamConfig) -> None:
+    stream = make(dataset, replace(config, global_batch=1, micro_batch=1))
+    split = dataset.split("heldout")
+    seen: dict[int, list[int]] = {0: [], 1: [], 2: []}
+    known = {split.tokens(i).tobytes(): [] for i in range(len(split))}  # type: dict[bytes, list[int]]
+    for i in range(len(split)):
+        known[split.tokens(i).tobytes()].append(i)
+    while True:
+        step = stream.next()
+        if step.epoch == 3:
+            break
+        (batch,) = step.micro_batches
+        ends = batch["cu_seqlens"][0].tolist()
+        for a, b in itertools.pairwise(ends):
+            if b > a:
+                seen[step.epoch].append(known[batch["tokens"][0, a:b].numpy().tobytes()][0])
+    representatives = sorted(ids[0] for ids in known.values() for _ in ids)
+    for epoch in range(3):
+        assert sorted(seen[epoch]) == representatives
+    assert seen[0] != seen[1] != seen[2]
+
+
+def test_seed_names_the_order(dataset: Dataset, config: StreamConfig) -> None:
+    digests = {make(dataset, replace(config, seed=seed)).next().doc_digest for seed in range(4)}
+    assert len(digests) == 4
+
+
+def test_a_state_of_another_plan_is_refused_field_by_field(dataset: Dataset, config: StreamConfig) -> None:
+    state = make(dataset, config).state_dict()
+    other = replace(config, seq_len=512, seed=3)
+    with pytest.raises(DataError, match=r"seed: 0 then, 3 now; seq_len: 256 then, 512 now\)"):
+        make(dataset, other, state=state)
+    with pytest.raises(DataError, match=r"modality_weights: .* then, .* now"):
+        make(dataset, replace(config, modality_weights={"image": 2.0}), state=state)
+    state["plan"]["dataset"] = "0" * 64
+    state["plan_hash"] = "?"
+    with pytest.raises(DataError, match=f"dataset: 000000000000… then, {dataset.identity[:12]}… now"):
+        make(dataset, config, state=state)
+    # Where the data lies and how a rank cuts its share do not matter.
+    good = make(dataset, config).state_dict()
+    make(dataset, replace(config, path="/elsewhere", micro_batch=1), state=good)
+    with pytest.raises(DataError, match="lacks order_digest, tokens"):
+        make(dataset, config, state={k: v for k, v in good.items() if k not in ("tokens", "order_digest")})
+    with pytest.raises(DataError, match="version 9"):
+        make(dataset, config, state={**good, "version": 9})
+    with pytest.raises(DataError, match="points outside its plan: epoch 0, window 99"):
+        make(dataset, config, state={**good, "window": 99})
+
+
+def test_refusals_before_anything_is_read(dataset: Dataset, config: StreamConfig) -> None:
+    with pytest.raises(DataError, match="global_batch 12 is no multiple of data-parallel ranks 5 x micro_batch 4 = 20"):
+        make(dataset, config, 0, 5)
+    with pytest.raises(DataError, match=r"dp_rank must lie in 0\.\.1, got 2"):
+        make(dataset, config, 2, 2)
+    with pytest.raises(
+        DataError, match=r"\d+ of 768 documents are longer than seq_len 64 \(the longest has \d+ tokens"
+    ):
+        make(dataset, replace(config, seq_len=64))
+    with pytest.raises(DataError, match="names smell; the data set has text, image, voice"):
+        make(dataset, replace(config, modality_weights={"smell": 1.0}))
+    with pytest.raises(DataError, match="all zero"):
+        make(dataset, replace(config, modality_weights={"text": 0.0, "image": 0.0, "voice": 0.0}))
+    with pytest.raises(DataError, match="no split 'test'"):
+        make(dataset, replace(config, split="test"))
+    for field, value in (("seq_len", 1), ("global_batch", 0), ("micro_batch", 0), ("window", 0), ("seed", -1)):
+        with pytest.raises(DataError, match=f"{field} must be at least"):
+            StreamConfig("x", **{field: value})
+    with pytest.raises(DataError, match=r"modality_weights\.text must be finite and not negative, got nan"):
+        StreamConfig("x", modality_weights={"text": float("nan")})
+
+
+def test_collate_serves_prompts_too(dataset: Dataset) -> None:
+    table, weights = dataset.vocabulary.modality_table(), np.ones(3, dtype=np.float32)
+    document = dataset.composer.document([("text", "the digit two")])
+    batch = collate([[document], [document, document]], 32, table, weights)
+    assert batch["cu_seqlens"].tolist() == [[0, len(document), len(document)], [0, len(document), 2 * len(document)]]
+    with pytest.raises(DataError, match=r"row 0: \d+ tokens in 1 documents do not fit 4"):
+        collate([[document]], 4, table, weights)
