@@ -1,0 +1,97 @@
+"""The commands of this room: train, evaluate, generate, recipes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from .config import find_config, load_config, recipe_names, to_yaml
+
+
+@click.command(context_settings={"ignore_unknown_options": False})
+@click.argument("config")
+@click.argument("overrides", nargs=-1)
+@click.option("--shrink", is_flag=True, help="Same structure, tiny sizes, two steps on the CPU: does the recipe run?")
+@click.option("--dry-run", is_flag=True, help="Check everything, print the resolved configuration, start nothing.")
+def train(config: str, overrides: tuple[str, ...], shrink: bool, dry_run: bool) -> None:
+    """Train CONFIG: a recipe's name, a YAML file, or a run folder (which resumes it).
+
+    OVERRIDES are written section.key=value, for example train.steps=100 mesh.tp=1. The run folder receives
+    config.yaml, metrics.jsonl, loss.png, checkpoints/ and wandb/. Called again, it resumes from the newest
+    checkpoint. On several machines start the worker itself: torchrun … -m polylepis.pretrain.train CONFIG.
+    """
+    from .prepare import check_all, n_processes
+    from .shrink import shrink as shrunk
+    from .spawn import run_workers
+
+    resolved = load_config(config, overrides)
+    if shrink:
+        resolved = shrunk(resolved)
+    world_size = n_processes(resolved)
+    check_all(resolved, world_size)
+    if dry_run:
+        click.echo(to_yaml(resolved), nl=False)
+        return
+    click.echo(f"{resolved.name}: {world_size} processes, run folder {resolved.folder}", err=True)
+    resolved.path.mkdir(parents=True, exist_ok=True)
+    requested = resolved.path / ".requested.yaml"
+    requested.write_text(to_yaml(resolved))
+    run_workers(world_size, [str(requested)])
+    click.echo(f"{resolved.name}: trained to step {resolved.train.steps}; see {resolved.folder}", err=True)
+
+
+@click.command()
+@click.argument("run", type=click.Path(path_type=Path))
+@click.option("--digits", default=0, show_default=True, help="Held-out digits to classify; 0 takes all.")
+def evaluate(run: Path, digits: int) -> None:
+    """Evaluate the newest checkpoint of RUN on the held-out split.
+
+    Prints loss per modality, the gap between matched and shuffled captions, and the accuracy of naming a digit
+    from its image by likelihood; writes evaluation.json into the run folder.
+    """
+    from .evaluate import evaluate_run
+
+    evaluate_run(run, digits or None)
+
+
+@click.command()
+@click.argument("run", type=click.Path(path_type=Path))
+@click.option("--prompt", default="The ", show_default=True, help="Text to continue.")
+@click.option("--tokens", default=60, show_default=True, help="How many tokens to continue it by.")
+@click.option("--per-digit", default=6, show_default=True, help="Images drawn for each of the ten digit captions.")
+@click.option("--temperature", default=0.8, show_default=True, help="0 is greedy.")
+@click.option("--seed", default=0, show_default=True)
+def generate(run: Path, prompt: str, tokens: int, per_digit: int, temperature: float, seed: int) -> None:
+    """Draw digits from captions (generated.png) and continue a text prompt, with RUN's newest checkpoint.
+
+    Decoding keeps a recurrent state and a key/value cache; nothing is computed twice.
+    """
+    from .generate import generate_run
+
+    generate_run(run, prompt=prompt, n_tokens=tokens, per_digit=per_digit, temperature=temperature, seed=seed)
+
+
+@click.group()
+def recipes() -> None:
+    """The recipes that ship with the package."""
+
+
+@recipes.command("list")
+def list_recipes() -> None:
+    """Name, pattern and parameters of each recipe."""
+    from ..parallel.model import count_parameters
+
+    for name in recipe_names():
+        config = load_config(name)
+        click.echo(f"{name:28} {count_parameters(config.model):>15,}  {config.model.pattern}")
+
+
+@recipes.command()
+@click.argument("name")
+def show(name: str) -> None:
+    """The recipe's file, with its comments."""
+    click.echo(find_config(name).read_text(), nl=False)
+
+
+COMMANDS: tuple[click.Command, ...] = (train, evaluate, generate, recipes)

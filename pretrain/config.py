@@ -1,0 +1,204 @@
+"""The configuration of a run: composed from the rooms' dataclasses, read from YAML, validated strictly."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import typing
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import pydantic
+import yaml
+
+from ..data.stream import StreamConfig
+from ..parallel.mesh import MeshConfig
+from ..parallel.model import ModelConfig
+from .errors import ConfigError
+from .optim import OptimConfig
+
+SCHEMA = 1
+RECIPES = Path(__file__).parent / "recipes"
+CONFIG_FILE = "config.yaml"
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """The loop.
+
+    Attributes:
+        steps: optimizer steps in all.
+        precision: of forward and backward; parameters, reductions and optimizer state are float32 always.
+        checkpoint_every: steps between checkpoints (0: only at the end); the last step always makes one.
+        keep: how many checkpoints to keep (0: all).
+        device: `auto` takes CUDA where there is one.
+    """
+
+    steps: int = 1000
+    precision: Literal["float32", "bfloat16"] = "float32"
+    checkpoint_every: int = 1000
+    keep: int = 2
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+
+    __pydantic_config__ = {"extra": "forbid"}
+
+
+@dataclass(frozen=True)
+class TrackingConfig:
+    """Where metrics go, besides `metrics.jsonl` in the run folder.
+
+    Attributes:
+        wandb: `auto` is online where a key is configured and offline otherwise; `disabled` does not load it.
+        project: the wandb project.
+    """
+
+    wandb: Literal["auto", "offline", "online", "disabled"] = "auto"
+    project: str = "polylepis"
+
+    __pydantic_config__ = {"extra": "forbid"}
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Everything that a run depends on.
+
+    Attributes:
+        name, folder: of the run; the folder receives configuration, metrics, checkpoints and pictures.
+        seed: of the initial weights (the data has its own).
+    """
+
+    name: str
+    folder: str
+    model: ModelConfig
+    data: StreamConfig
+    seed: int = 0
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+
+    __pydantic_config__ = {"extra": "forbid"}
+
+    @property
+    def path(self) -> Path:
+        return Path(self.folder)
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+
+def recipe_names() -> list[str]:
+    return sorted(path.stem for path in RECIPES.glob("*.yaml"))
+
+
+def find_config(name: str) -> Path:
+    """A recipe's name, a YAML file or a run folder → the file to read.
+
+    Raises:
+        ConfigError: none of the three; names the nearest recipe.
+    """
+    path = Path(name)
+    if path.is_dir() and (path / CONFIG_FILE).is_file():
+        return path / CONFIG_FILE
+    if path.is_file():
+        return path
+    if (RECIPES / f"{name}.yaml").is_file():
+        return RECIPES / f"{name}.yaml"
+    near = difflib.get_close_matches(name, recipe_names(), n=1)
+    hint = f"did you mean {near[0]}? " if near else ""
+    raise ConfigError(f"{name}: no such recipe, file or run folder; {hint}recipes: {', '.join(recipe_names())}")
+
+
+def load_config(name: str, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read, override (`section.key=value`, values in YAML) and validate.
+
+    Raises:
+        ConfigError: unknown or ill-typed key: one line naming the key, the nearest valid one and where it came from.
+    """
+    file = find_config(name)
+    try:
+        values = yaml.safe_load(file.read_text())
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{file}: not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"{file}: expected a mapping of sections, found {type(values).__name__}")
+    schema = values.pop("schema", SCHEMA)
+    if schema != SCHEMA:
+        raise ConfigError(f"{file}: schema {schema}, but this version reads schema {SCHEMA}")
+    given = [_override(values, text) for text in overrides]
+    return validate(values, str(file), given)
+
+
+def _override(values: dict[str, Any], text: str) -> tuple[str, ...]:
+    key, separator, raw = text.partition("=")
+    if not separator or not key:
+        raise ConfigError(f"{text}: an override is written section.key=value, for example train.steps=100")
+    path = tuple(key.split("."))
+    node = values
+    for step in path[:-1]:
+        node = node.setdefault(step, {})
+        if not isinstance(node, dict):
+            raise ConfigError(f"{text}: {step} is a value, not a section")
+    try:
+        node[path[-1]] = yaml.safe_load(raw)
+    except yaml.YAMLError:
+        raise ConfigError(f"{text}: {raw!r} is not a YAML value") from None
+    return path
+
+
+def validate(values: dict[str, Any], source: str, overridden: Sequence[tuple[str, ...]] = ()) -> RunConfig:
+    """Plain values → RunConfig, strictly: no unknown keys, no silent conversions.
+
+    Raises:
+        ConfigError: see `load_config`.
+    """
+    try:
+        # JSON mode: strict, yet lists are accepted for tuples and strings for integer keys, as YAML writes them.
+        return pydantic.TypeAdapter(RunConfig).validate_json(json.dumps(values), strict=True)
+    except pydantic.ValidationError as error:
+        # A misspelt key also leaves its required namesake missing; the misspelling is what the user wants to hear of.
+        first = min(error.errors(), key=lambda e: e["type"] != "unexpected_keyword_argument")
+    except TypeError as error:
+        raise ConfigError(f"{source}: {error}") from None
+    location = tuple(str(part) for part in first["loc"])
+    where = "command line" if location in overridden else source
+    raise ConfigError(f"{'.'.join(location)}: {_explain(location, first)} ({where})")
+
+
+def _explain(location: tuple[str, ...], error: Any) -> str:
+    if error["type"] == "unexpected_keyword_argument":
+        known = [f.name for f in dataclasses.fields(_section(location[:-1]))]
+        near = difflib.get_close_matches(location[-1], known, n=1, cutoff=0.5)
+        return f"unknown key; nearest is {near[0]}" if near else f"unknown key; accepted: {', '.join(known)}"
+    if error["type"] in ("missing", "missing_argument"):
+        return "is required"
+    return f"{error['msg'][0].lower()}{error['msg'][1:]}, not {error['input']!r}"
+
+
+def _section(path: tuple[str, ...]) -> Any:
+    """The dataclass at a path of sections."""
+    node: Any = RunConfig
+    for step in path:
+        node = typing.get_type_hints(node)[step]
+    return node
+
+
+def to_yaml(config: RunConfig) -> str:
+    """The resolved configuration, readable by `load_config` again."""
+    return yaml.safe_dump({"schema": SCHEMA, **json.loads(json.dumps(dataclasses.asdict(config)))}, sort_keys=False)
+
+
+def differing_keys(old: RunConfig, new: RunConfig) -> list[str]:
+    """Dotted keys in which two configurations differ, `old → new` values included."""
+
+    def walk(a: Any, b: Any, path: str) -> list[str]:
+        if isinstance(a, dict) and isinstance(b, dict):
+            keys = sorted(a.keys() | b.keys(), key=str)
+            return [line for k in keys for line in walk(a.get(k), b.get(k), f"{path}.{k}" if path else str(k))]
+        return [] if a == b else [f"{path}: {a!r} → {b!r}"]
+
+    return walk(dataclasses.asdict(old), dataclasses.asdict(new), "")

@@ -1,0 +1,103 @@
+"""Everything that is checked before the first step, so that nothing starts that cannot finish."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from ..checkpoints.sharded import newest_checkpoint
+from ..data import mock
+from ..data.dataset import Dataset
+from ..data.stream import Stream
+from .config import CONFIG_FILE, RunConfig, differing_keys, load_config, to_yaml
+from .errors import ConfigError
+
+# What may change between the runs that share a folder: where and how long it trains, not what is trained on what.
+FREE_KEYS = ("mesh.", "train.", "tracking.", "data.micro_batch", "name", "folder", "data.path")
+
+
+def n_processes(config: RunConfig) -> int:
+    """The processes that the mesh asks for; `dp_shard: -1` alone means 1 unless a launcher has decided."""
+    mesh = config.mesh
+    return int(os.environ.get("WORLD_SIZE", mesh.tp * mesh.dp_replicate * max(1, mesh.dp_shard)))
+
+
+def check_run(config: RunConfig, world_size: int) -> None:
+    """Refuse what cannot run on `world_size` processes, with the numbers.
+
+    Raises:
+        ConfigError, PlanError, DataError: one line each.
+    """
+    mesh = config.mesh.resolve(world_size)
+    config.model.check(mesh.tp)
+    config.optim.check()
+    if config.train.steps < 1:
+        raise ConfigError(f"train.steps: must be at least 1, not {config.train.steps}")
+    if config.data.micro_batch * config.data.seq_len % mesh.tp:
+        raise ConfigError(
+            f"data: micro_batch {config.data.micro_batch} × seq_len {config.data.seq_len} tokens are not divisible by "
+            f"mesh.tp {mesh.tp} (sequence parallelism)"
+        )
+
+
+def open_data(config: RunConfig) -> Dataset | mock.MockDataset:
+    """The data set, checked against the model.
+
+    Raises:
+        ConfigError: modalities or vocabulary that differ.
+        DataError: shards that are missing, truncated or foreign.
+    """
+    if config.data.path == mock.PATH:
+        return mock.MockDataset(config.model.modalities, config.model.vocab_size, config.data.seq_len)
+    dataset = Dataset.open(Path(config.data.path))
+    if tuple(dataset.vocabulary.modalities) != tuple(config.model.modalities):
+        raise ConfigError(
+            f"model.modalities: {list(config.model.modalities)}, but {config.data.path} holds "
+            f"{list(dataset.vocabulary.modalities)} in this order"
+        )
+    if dataset.vocabulary.used != config.model.vocab_size:
+        raise ConfigError(
+            f"model.vocab_size: {config.model.vocab_size}, but the vocabulary of {config.data.path} has "
+            f"{dataset.vocabulary.used} ids"
+        )
+    return dataset
+
+
+def check_all(config: RunConfig, world_size: int) -> None:
+    """Everything that can be known before a process starts: sizes, data, plan, folder."""
+    check_run(config, world_size)
+    mesh = config.mesh.resolve(world_size)
+    Stream(open_data(config), config.data, dp_rank=0, dp_size=mesh.dp_replicate * mesh.dp_shard)
+    check_folder(config)
+
+
+def check_folder(config: RunConfig) -> None:
+    """Refuse to continue another run in this folder.
+
+    Raises:
+        ConfigError: the folder holds a run of another model, data, optimizer or seed; names the first difference.
+    """
+    file = config.path / CONFIG_FILE
+    if not file.is_file():
+        return
+    differences = [line for line in differing_keys(load_config(str(file)), config) if not line.startswith(FREE_KEYS)]
+    if differences:
+        more = f" (and {len(differences) - 1} more)" if len(differences) > 1 else ""
+        raise ConfigError(
+            f"{config.folder}: holds a run that differs in {differences[0]}{more}; choose another folder=…, "
+            f"or remove it"
+        )
+    newest = newest_checkpoint(config.checkpoints)
+    if newest is not None and int(newest.name.removeprefix("step-")) > config.train.steps:
+        raise ConfigError(
+            f"train.steps: {config.train.steps}, but {config.folder} has already trained to {newest.name}"
+        )
+
+
+def prepare_folder(config: RunConfig) -> None:
+    """Create the run folder and write the resolved configuration into it."""
+    check_folder(config)
+    config.path.mkdir(parents=True, exist_ok=True)
+    aside = config.path / f".{CONFIG_FILE}.part"
+    aside.write_text(to_yaml(config))
+    aside.replace(config.path / CONFIG_FILE)

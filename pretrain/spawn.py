@@ -1,0 +1,36 @@
+"""Start the worker processes of a run on this machine, through torchrun's own agent."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+from .errors import ConfigError
+
+
+def run_workers(n_processes: int, arguments: Sequence[str]) -> None:
+    """Run `polylepis.pretrain.train` in `n_processes` processes and wait.
+
+    Raises:
+        ConfigError: a worker failed; the worker has said why on standard error.
+    """
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=n_processes,
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        run_id=f"polylepis-{os.getpid()}",
+        max_restarts=0,
+        monitor_interval=0.1,
+    )
+    try:
+        elastic_launch(config, sys.executable)("-m", "polylepis.pretrain.train", *arguments)
+    except ChildFailedError as error:
+        rank, failure = error.get_first_failure()
+        raise ConfigError(f"training stopped: rank {rank} ended with exit code {failure.exitcode}") from None

@@ -1,0 +1,159 @@
+"""The worker: `torchrun … -m polylepis.pretrain.train CONFIG [section.key=value …]`, one linear loop."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import os
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from ..checkpoints.sharded import load_checkpoint, newest_checkpoint, save_checkpoint
+from ..data.stream import Step, Stream
+from ..parallel.engines.fsdp import build_model, gradient_norm, scale_gradients
+from ..parallel.kinds.moe import MoE
+from ..parallel.megatron import preload
+from ..parallel.mesh import build_mesh
+from ..parallel.model import HybridModel
+from .config import RunConfig, load_config
+from .meter.tracker import Tracker, plot_losses
+from .objectives.next_token import next_token
+from .optim import build_optimizer, set_lr
+from .prepare import check_run, open_data, prepare_folder
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def train(config: RunConfig) -> None:
+    """Train from the newest complete checkpoint, or from the start, to `config.train.steps`."""
+    mesh = build_mesh(config.mesh, None if config.train.device == "auto" else config.train.device)
+    if mesh.tp_size > 1:
+        preload()
+    check_run(config, dist.get_world_size())
+    dataset = open_data(config)
+    stream = Stream(dataset, config.data, dp_rank=mesh.dp_rank, dp_size=mesh.dp_size)
+    model = build_model(config.model, mesh, seed=config.seed, compute_dtype=DTYPES[config.train.precision])
+    optimizer = build_optimizer(config.optim, model)
+
+    first = 0
+    if dist.get_rank() == 0:
+        prepare_folder(config)
+    dist.barrier()
+    resumed = newest_checkpoint(config.checkpoints)
+    if resumed is not None:
+        manifest = load_checkpoint(resumed, model, optimizer)
+        stream.load_state_dict(manifest["data"])
+        first = manifest["step"]
+
+    with open_tracker(config, first) as tracker:
+        for step in range(first, config.train.steps):
+            started = time.perf_counter()
+            data = stream.next()
+            waited = time.perf_counter() - started
+
+            sums = torch.zeros(len(config.model.modalities), device=mesh.device)
+            for batch in data.micro_batches:
+                output = next_token(model, batch, data.total_weight)
+                output.loss.backward()
+                sums += output.sums
+
+            norm = gradient_norm(model.parameters())
+            if config.optim.clip and norm > config.optim.clip:
+                scale_gradients(model.parameters(), config.optim.clip / norm)
+            lr = config.optim.lr * config.optim.factor(step, config.train.steps)
+            set_lr(optimizer, lr)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            balance_experts(model)
+
+            dist.all_reduce(sums)
+            losses = sums / mesh.tp_size  # every tp rank counted the same tokens
+            if tracker is not None:
+                seconds = time.perf_counter() - started
+                tracker.log(step_metrics(config, step + 1, data, losses.tolist(), norm, lr, seconds, waited))
+            if is_checkpoint_step(config, step + 1):
+                extra = {"step": step + 1, "data": stream.state_dict()}
+                save_checkpoint(config.checkpoints, model, optimizer, extra, keep=config.train.keep)
+
+    if tracker is not None and importlib.util.find_spec("matplotlib") and first < config.train.steps:
+        plot_losses(config.path, config.model.modalities)
+
+
+def balance_experts(model: HybridModel) -> None:
+    """Loss-free balancing: one all-reduce of all layers' loads, then each layer moves its selection biases."""
+    layers = [module for module in model.modules() if isinstance(module, MoE)]
+    if not layers:
+        return
+    loads = torch.stack([layer.load for layer in layers])
+    dist.all_reduce(loads)
+    for layer, load in zip(layers, loads / model.mesh.tp_size, strict=True):
+        layer.balance(load)
+
+
+def is_checkpoint_step(config: RunConfig, step: int) -> bool:
+    every = config.train.checkpoint_every
+    return step == config.train.steps or bool(every and step % every == 0)
+
+
+def step_metrics(
+    config: RunConfig,
+    step: int,
+    data: Step,
+    sums: Sequence[float],
+    norm: float,
+    lr: float,
+    seconds: float,
+    waited: float,
+) -> dict[str, Any]:
+    """One line of `metrics.jsonl`; losses are nats per predicted token of a modality."""
+    tokens = sum(data.tokens.values())
+    metrics: dict[str, Any] = {"step": step, "lr": lr, "grad_norm": norm}
+    for modality, total in zip(config.model.modalities, sums, strict=True):
+        if targets := data.target_tokens.get(modality, 0):
+            metrics[f"loss/{modality}"] = total / targets
+    weighted = [(total, data.target_tokens.get(m, 0)) for m, total in zip(config.model.modalities, sums, strict=True)]
+    metrics["loss"] = sum(total for total, _ in weighted) / max(1, sum(count for _, count in weighted))
+    metrics |= {f"tokens/{modality}": count for modality, count in data.tokens.items()}
+    return metrics | {"tokens_per_second": tokens / seconds, "step_seconds": seconds, "data_wait_seconds": waited}
+
+
+@contextlib.contextmanager
+def open_tracker(config: RunConfig, first: int) -> Iterator[Tracker | None]:
+    """The tracker on rank 0, None elsewhere."""
+    if dist.get_rank() != 0:
+        yield None
+        return
+    with Tracker(config.path, config.train.steps, first) as tracker:
+        if config.tracking.wandb != "disabled" and first < config.train.steps:
+            import dataclasses
+
+            values = dataclasses.asdict(config)
+            tracker.start_wandb(config.tracking.wandb, config.tracking.project, config.name, values)
+        yield tracker
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Entry point of each process that torchrun starts; a user's mistake is one line on rank 0 and exit code 2."""
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+    try:
+        train(load_config(arguments[0], arguments[1:]))
+    except Exception as error:
+        code = getattr(error, "exit_code", None)
+        if code is None:
+            raise
+        if os.environ.get("RANK", "0") == "0":
+            print(f"polylepis: {error}", file=sys.stderr)
+        return code
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

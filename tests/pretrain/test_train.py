@@ -1,0 +1,130 @@
+"""Training end to end on toy runs: resume is bitwise, every recipe runs, what cannot run is refused beforehand."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from polylepis.checkpoints.sharded import newest_checkpoint, read_manifest, read_tensors
+from polylepis.pretrain.config import RunConfig, load_config, recipe_names
+from polylepis.pretrain.errors import ConfigError
+from polylepis.pretrain.meter.tracker import Tracker, plot_losses, read_metrics
+from polylepis.pretrain.prepare import check_all, n_processes, open_data
+from polylepis.pretrain.shrink import shrink
+from polylepis.pretrain.train import train
+from ranks import run_ranks
+
+
+def small(folder: Path, steps: int, tp: int = 2, **train_changes: Any) -> RunConfig:
+    """The quickstart's structure on mock data."""
+    config = replace(shrink(load_config("quickstart"), steps), folder=str(folder))
+    mesh = replace(config.mesh, tp=tp)
+    return replace(config, mesh=mesh, train=replace(config.train, **train_changes))
+
+
+def everything(folder: Path) -> dict[str, torch.Tensor]:
+    checkpoint = newest_checkpoint(folder / "checkpoints")
+    assert checkpoint is not None
+    return read_tensors(checkpoint) | read_tensors(checkpoint, "optimizer.")
+
+
+def test_stopped_and_resumed_is_bitwise_equal_to_uninterrupted(tmp_path: Path) -> None:
+    """Weights, both moments, data order and the metrics' losses, on tp 2 with sequence parallelism."""
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    run_ranks(2, train, small(whole, 6))
+    # The schedule depends on the steps in all, so the interrupted run asks for 6 and is cut at the checkpoint of 3.
+    run_ranks(2, train, small(parts, 6, checkpoint_every=3, keep=0))
+    (last,) = (parts / "checkpoints").glob("step-00000006")
+    last.rename(tmp_path / "first-time")
+    run_ranks(2, train, small(parts, 6, checkpoint_every=3, keep=0))
+    expected, actual = everything(whole), everything(parts)
+    assert actual.keys() == expected.keys()
+    assert [name for name in expected if not torch.equal(actual[name], expected[name])] == []
+    states = [read_manifest(newest_checkpoint(f / "checkpoints"))["data"] for f in (whole, parts)]  # type: ignore[arg-type]
+    assert states[0] == states[1]
+    keys = ("step", "loss", "grad_norm", "loss/text", "loss/image", "loss/voice", "lr")
+    lines = [[{k: line[k] for k in keys} for line in read_metrics(f)] for f in (whole, parts)]
+    assert lines[0] == lines[1] and len(lines[0]) == 6
+
+
+def test_checkpoint_continues_on_another_mesh(tmp_path: Path) -> None:
+    """tp 2 → one process: the loaded values are the same bits, the next losses agree within reduction order."""
+    a, b = tmp_path / "a", tmp_path / "b"
+    run_ranks(2, train, small(a, 4, checkpoint_every=2, keep=0))
+    (b / "checkpoints").mkdir(parents=True)
+    (a / "checkpoints" / "step-00000002").rename(b / "checkpoints" / "step-00000002")
+    run_ranks(1, train, small(b, 4, tp=1))
+    lines = [{line["step"]: line["loss"] for line in read_metrics(folder)} for folder in (a, b)]
+    for step in (3, 4):
+        assert lines[1][step] == pytest.approx(lines[0][step], rel=1e-5)
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_every_recipe_runs_shrunk(name: str, tmp_path: Path) -> None:
+    config = replace(shrink(load_config(name)), folder=str(tmp_path))
+    run_ranks(config.mesh.tp, train, config)
+    losses = [line["loss"] for line in read_metrics(tmp_path)]
+    assert len(losses) == 2 and all(0 < loss < 20 for loss in losses)
+    assert newest_checkpoint(tmp_path / "checkpoints") == tmp_path / "checkpoints" / "step-00000002"
+
+
+def test_bfloat16_trains(tmp_path: Path) -> None:
+    run_ranks(2, train, small(tmp_path / "bf16", 3, precision="bfloat16"))
+    run_ranks(2, train, small(tmp_path / "fp32", 3))
+    half, full = (read_metrics(tmp_path / name)[-1]["loss"] for name in ("bf16", "fp32"))
+    assert half == pytest.approx(full, rel=0.02) and half != full
+    assert {t.dtype for t in everything(tmp_path / "bf16").values()} == {torch.float32}
+
+
+def test_refuses_the_folder_of_another_run(tmp_path: Path) -> None:
+    config = small(tmp_path, 1, tp=1)
+    run_ranks(1, train, config)
+    other = replace(config, optim=replace(config.optim, lr=0.123))
+    with pytest.raises(ConfigError, match=r"holds a run that differs in optim\.lr: .* → 0\.123; choose another folder"):
+        check_all(other, 1)
+    check_all(config, 1)
+    longer = replace(config, train=replace(config.train, steps=5))
+    check_all(longer, 1)  # training on is allowed
+    run_ranks(1, train, longer)
+    with pytest.raises(ConfigError, match=r"train\.steps: 1, but .* has already trained to step-00000005"):
+        check_all(config, 1)
+
+
+def test_refusals_before_the_first_step(tmp_path: Path) -> None:
+    config = small(tmp_path, 1)
+    with pytest.raises(ConfigError, match=r"micro_batch 1 × seq_len 65 tokens are not divisible by mesh\.tp 2"):
+        check_all(replace(config, data=replace(config.data, seq_len=65)), 2)
+    with pytest.raises(ValueError, match="no multiple of data-parallel ranks 2"):
+        mesh = replace(config.mesh, tp=1, dp_shard=2)
+        check_all(replace(config, mesh=mesh, data=replace(config.data, global_batch=3)), 2)
+    with pytest.raises(ConfigError, match=r"train\.steps: must be at least 1"):
+        check_all(small(tmp_path, 0), 2)
+    with pytest.raises(ValueError, match="need a vocabulary of at least"):
+        open_data(replace(config, model=replace(config.model, vocab_size=30)))
+    assert not list(tmp_path.iterdir())
+
+
+def test_number_of_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    assert n_processes(load_config("quickstart")) == 2
+    assert n_processes(load_config("quickstart", ["mesh={tp: 2, dp_shard: 2, dp_replicate: 3}"])) == 12
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    assert n_processes(load_config("quickstart")) == 8
+
+
+def test_tracker_drops_what_a_resumed_run_writes_again(tmp_path: Path) -> None:
+    line = {"tokens_per_second": 1.0, "step_seconds": 1.0, "loss/text": 1.0}
+    with Tracker(tmp_path, 5, 0, progress=False) as tracker:
+        for step in range(1, 5):
+            tracker.log({"step": step, **line})
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write(json.dumps({"step": 5})[:-3])  # cut by a crash
+    with Tracker(tmp_path, 5, 2, progress=False) as tracker:
+        tracker.log({"step": 3, **line})
+    assert [entry["step"] for entry in read_metrics(tmp_path)] == [1, 2, 3]
+    assert plot_losses(tmp_path, ("text", "image")).stat().st_size > 5_000
