@@ -1,0 +1,228 @@
+"""Which Hugging Face class can hold a model, and its `config.json`.
+
+Two library classes hold most un-routed models; what they cannot hold goes to our own class, whose code travels with
+the weights. Reasons for each refusal were measured with transformers 5.15.1 and 5.23.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, Literal, get_args
+
+import torch
+
+from ...parallel.kinds import KINDS
+from ...parallel.model import ModelConfig
+from ..errors import CheckpointError
+
+Target = Literal["mamba2", "nemotron_h", "polylepis"]
+TARGETS: tuple[Target, ...] = get_args(Target)  # in order of preference
+CLASSES: Mapping[Target, str] = {
+    "mamba2": "Mamba2ForCausalLM",
+    "nemotron_h": "NemotronHForCausalLM",
+    "polylepis": "PolylepisForCausalLM",
+}
+PAD, BOS, EOS = 0, 1, 2
+TRAINING_ONLY = ("bias_update_rate",)
+# What the library classes have once for the whole model. Tiling and initial values are not among it.
+SIZES: Mapping[str, tuple[str, ...]] = {
+    "M": ("expand", "d_state", "head_dim", "n_groups", "d_conv"),
+    "*": ("n_heads", "n_kv_heads", "head_dim", "rope_base"),
+    "-": ("d_ff", "activation"),
+    "E": ("n_experts", "top_k", "d_ff", "d_ff_shared", "scale"),
+}
+
+
+def choose_target(config: ModelConfig, wanted: str | None = None) -> Target:
+    """The class to export to: `wanted`, or the first that can hold the model.
+
+    Raises:
+        CheckpointError: `wanted` is unknown or cannot hold the model; says why.
+    """
+    if wanted is None:
+        return next(t for t in TARGETS if refusal(config, t) is None)
+    for target in TARGETS:
+        if target == wanted:
+            reason = refusal(config, target)
+            if reason is not None:
+                raise CheckpointError(f"{CLASSES[target]} cannot hold this model: {reason}; leave out --target")
+            return target
+    raise CheckpointError(f"unknown target {wanted!r}; accepted are {', '.join(TARGETS)}")
+
+
+def refusal(config: ModelConfig, target: Target) -> str | None:
+    """Why `target` cannot hold the model, or None."""
+    if target == "polylepis":
+        return None
+    symbols = config.symbols
+    if target == "mamba2" and set(symbols) != {"M"}:
+        return f"the pattern {symbols} has layers other than M"
+    if target == "nemotron_h" and "*" not in symbols:
+        return f"its cache counts tokens in a * layer, and the pattern {symbols} has none"
+    sizes: dict[str, tuple[int, tuple[Any, ...]]] = {}
+    for index, symbol in enumerate(symbols):
+        layer = config.layer(index)[1]
+        if symbol == "M" and layer.routed:
+            return f"layer {index} routes {', '.join(layer.routed)} by modality"
+        if symbol == "*" and layer.rope_base is not None:
+            return f"layer {index} has rotary embeddings"
+        if symbol == "-" and layer.activation == "swiglu":
+            return f"layer {index} is a swiglu MLP"
+        if symbol == "E" and (layer.n_experts < 2 or layer.d_ff_shared < 1):
+            return f"layer {index} has {layer.n_experts} experts and a shared one of width {layer.d_ff_shared}"
+        if symbol == "E" and (layer.d_ff % 8 or config.d_model % 8):
+            return (
+                f"layer {index} has experts of {config.d_model} × {layer.d_ff}; its grouped GEMM needs multiples of 8"
+            )
+        values = tuple(getattr(layer, name) for name in SIZES[symbol])
+        first, known = sizes.setdefault(symbol, (index, values))
+        if known != values:
+            return f"layers {first} and {index}, both {symbol}, differ in size"
+    if {"-", "E"} <= sizes.keys() and sizes["-"][1][1] != "relu2":
+        return f"it has one activation for MLPs ({sizes['-'][1][1]}) and experts (relu2)"
+    return None
+
+
+def caution(config: ModelConfig, target: Target) -> str | None:
+    """What a user of this export must know about other software, or None."""
+    groups = max((config.layer(i)[1].n_groups for i, symbol in enumerate(config.symbols) if symbol == "M"), default=1)
+    if target == "mamba2" and groups > 1:
+        return (
+            f"transformers up to 5.21.1 normalises all {groups} groups of a Mamba2ForCausalLM at once, which is "
+            f"silently wrong; 5.23 is right"
+        )
+    return None
+
+
+def config_json(
+    config: ModelConfig, target: Target, vocabulary: Mapping[str, Any] | None, dtype: torch.dtype, context: int
+) -> dict[str, Any]:
+    """The content of `config.json`.
+
+    Args:
+        config: a model that `target` can hold.
+        vocabulary: ranges of the modalities (`Vocabulary.to_json`), or None.
+        dtype: of the stored weights.
+        context: the sequence length of training, for those who ask.
+    """
+    common = {
+        "architectures": [CLASSES[target]],
+        "model_type": target,
+        "dtype": str(dtype).removeprefix("torch."),
+        "vocab_size": config.padded_vocab,
+        "used_vocab_size": config.vocab_size,
+        "vocabulary": None if vocabulary is None else dict(vocabulary),
+        "hidden_size": config.d_model,
+        "num_hidden_layers": len(config.symbols),
+        "initializer_range": config.init_std,
+        "tie_word_embeddings": False,
+        "use_cache": True,
+        "pad_token_id": PAD,
+        "bos_token_id": BOS,
+        "eos_token_id": EOS,
+    }
+    builders = {"mamba2": _mamba2, "nemotron_h": _nemotron_h, "polylepis": _polylepis}
+    return common | builders[target](config, context)
+
+
+def first_layer(config: ModelConfig, symbol: str) -> Any:
+    """Configuration of the first layer of a kind, its defaults where the pattern has none."""
+    index = config.symbols.find(symbol)
+    return getattr(config, KINDS[symbol].section) if index < 0 else config.layer(index)[1]
+
+
+def _mamba2(config: ModelConfig, context: int) -> dict[str, Any]:
+    mamba = first_layer(config, "M")
+    return {
+        "state_size": mamba.d_state,
+        "num_heads": mamba.n_heads(config.shape),
+        "head_dim": mamba.head_dim,
+        "n_groups": mamba.n_groups,
+        "expand": mamba.expand,
+        "conv_kernel": mamba.d_conv,
+        "chunk_size": mamba.chunk_size,
+        "use_conv_bias": True,
+        "use_bias": False,
+        "hidden_act": "silu",
+        "layer_norm_epsilon": config.norm_eps,
+        "residual_in_fp32": False,
+        "rescale_prenorm_residual": False,
+        "max_position_embeddings": context,
+    }
+
+
+def _nemotron_h(config: ModelConfig, context: int) -> dict[str, Any]:
+    """Aliases and legacy names: NVIDIA's own code, vLLM, SGLang and every transformers since 5.6 read this."""
+    mamba, attention = first_layer(config, "M"), first_layer(config, "*")
+    mlp, moe = first_layer(config, "-"), first_layer(config, "E")
+    result = {
+        "hybrid_override_pattern": config.symbols,
+        "num_attention_heads": attention.n_heads,
+        "num_key_value_heads": attention.n_kv_heads,
+        "head_dim": attention.head_dim,
+        "attention_head_dim": attention.head_dim,
+        "attention_bias": False,
+        "intermediate_size": mlp.d_ff,
+        "mlp_hidden_act": mlp.activation if "-" in config.symbols else "relu2",
+        "mlp_bias": False,
+        "use_bias": False,
+        "ssm_state_size": mamba.d_state,
+        "mamba_num_heads": mamba.n_heads(config.shape),
+        "mamba_head_dim": mamba.head_dim,
+        "n_groups": mamba.n_groups,
+        "mamba_n_groups": mamba.n_groups,
+        "conv_kernel": mamba.d_conv,
+        "mamba_d_conv": mamba.d_conv,
+        "expand": mamba.expand,
+        "mamba_expand": mamba.expand,
+        "chunk_size": mamba.chunk_size,
+        "mamba_chunk_size": mamba.chunk_size,
+        "use_conv_bias": True,
+        "mamba_hidden_act": "silu",
+        "layer_norm_epsilon": config.norm_eps,
+        "rms_norm_eps": config.norm_eps,
+        # NemotronH clamps dt from below at time_step_min, we do not; 0 would fail where it takes the logarithm.
+        "time_step_min": 1e-30,
+        "time_step_max": mamba.dt_max,
+        "time_step_floor": 1e-4,
+        "rescale_prenorm_residual": False,
+        "residual_in_fp32": False,
+        "max_position_embeddings": context,
+    }
+    if "E" in config.symbols:
+        result |= {
+            "n_routed_experts": moe.n_experts,
+            "num_experts_per_tok": moe.top_k,
+            "moe_intermediate_size": moe.d_ff,
+            "n_shared_experts": 1,
+            "moe_shared_expert_intermediate_size": moe.d_ff_shared,
+            "routed_scaling_factor": moe.scale,
+            "norm_topk_prob": True,
+            "n_group": 1,
+            "topk_group": 1,
+        }
+    return result
+
+
+def _polylepis(config: ModelConfig, context: int) -> dict[str, Any]:
+    def inference(values: Mapping[str, Any]) -> dict[str, Any]:
+        return {name: value for name, value in values.items() if name not in TRAINING_ONLY}
+
+    sections = ("mamba", "attention", "mlp", "moe")
+    sizes = {section: inference(dataclasses.asdict(getattr(config, section))) for section in sections}
+    overrides = {str(index): inference(values) for index, values in sorted(config.layers.items())}
+    code = "modeling_polylepis"
+    return {
+        "auto_map": {
+            "AutoConfig": "configuration_polylepis.PolylepisConfig",
+            "AutoModel": f"{code}.PolylepisModel",
+            "AutoModelForCausalLM": f"{code}.PolylepisForCausalLM",
+        },
+        "pattern": config.symbols,
+        "modalities": list(config.modalities),
+        "norm_eps": config.norm_eps,
+        **sizes,
+        "layer_overrides": overrides,
+        "max_position_embeddings": context,
+    }
