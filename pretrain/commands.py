@@ -60,7 +60,7 @@ def evaluate(run: Path, digits: int) -> None:
 @click.option("--prompt", default="The ", show_default=True, help="Text to continue.")
 @click.option("--tokens", default=60, show_default=True, help="How many tokens to continue it by.")
 @click.option("--per-digit", default=6, show_default=True, help="Images drawn for each of the ten digit captions.")
-@click.option("--temperature", default=0.8, show_default=True, help="0 is greedy.")
+@click.option("--temperature", default=0.5, show_default=True, help="0 is greedy.")
 @click.option("--seed", default=0, show_default=True)
 def generate(run: Path, prompt: str, tokens: int, per_digit: int, temperature: float, seed: int) -> None:
     """Draw digits from captions (generated.png) and continue a text prompt, with RUN's newest checkpoint.

@@ -90,7 +90,7 @@ def verify(
         except (RuntimeError, ValueError, TypeError, IndexError) as error:
             raise CheckpointError(f"{folder}: transformers loads it but fails to run it: {_line(error)}") from error
     difference = float((theirs - ours).abs().max())
-    limit = LOGIT_TOLERANCE * max(1.0, float(ours.abs().max()) / 10)
+    limit = LOGIT_TOLERANCE
     gates = [
         {"name": "max abs logit difference", "value": difference, "limit": limit, "passed": difference <= limit},
         *greedy,

@@ -109,8 +109,9 @@ class Mamba(Mixer):
     def forward(self, h_TD: Tensor, layout: Layout) -> Tensor:
         z, xBC, dt = self._in(h_TD, layout.modality)
         weight, bias = self._conv_parameters()
-        xBC = causal_conv1d(xBC[None], weight, bias, seq_idx=layout.seq_idx)
-        y = self._scan(xBC, dt[None], layout.modality, layout.seq_idx)[0]
+        convolved = causal_conv1d(xBC[None], weight, bias, seq_idx=layout.seq_idx)
+        assert isinstance(convolved, Tensor)
+        y = self._scan(convolved, dt[None], layout.modality, layout.seq_idx)[0]
         return self._out(y[0], z, layout.modality)
 
     def extend(self, h_bsD: Tensor, new: NewTokens, cache: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
