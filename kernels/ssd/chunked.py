@@ -45,8 +45,8 @@ class _Sizes(NamedTuple):
         return self.b * self.c
 
     def blocks(self, device: torch.device) -> Iterator[slice]:
-        """Ranges of chunks whose tiles of all heads fill about half of the cores' second-level caches (a CPU), or enough
-        to keep a GPU busy without holding the tiles of the whole batch at once."""
+        """Ranges of chunks whose tiles of all heads fill about half of the cores' second-level caches (a CPU), or
+        enough to keep a GPU busy without holding the tiles of the whole batch at once."""
         elements = torch.get_num_threads() << 17 if device.type == "cpu" else 1 << 26
         size = max(1, elements // (self.h * self.q * max(self.q, self.p)))
         return (slice(start, min(start + size, self.bc)) for start in range(0, self.bc, size))
