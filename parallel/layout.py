@@ -11,8 +11,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .context import Context, cut, halo_places
 from .errors import PlanError
+from .mesh import Mesh
 from .routing import Route, route, to_device
+
+HALO = 3  # the widest convolution that the kernels have reaches three tokens back
 
 
 @dataclass(frozen=True)
@@ -25,24 +29,33 @@ class Layout:
         boundaries: host integers 0 … T, the edges of documents and of padding runs: attention stays inside each.
         position_ids: int64 [T], restarting in each document.
         modality: the route of tokens to modality banks.
+        context: under context parallelism, where these tokens lie in the whole micro-batch; `seq_idx`, `position_ids`
+            and `modality` then describe this rank's tokens, and `boundaries` is empty (see `Context.boundaries`).
+        halo: the route of each segment's tokens with the `HALO` tokens before them, segment by segment.
     """
 
     seq_idx: Tensor
     boundaries: tuple[int, ...]
     position_ids: Tensor
     modality: Route
+    context: Context | None = None
+    halo: Route | None = None
 
-    @property
-    def n_tokens(self) -> int:
-        return self.boundaries[-1]
+    def mine(self, values: Tensor) -> Tensor:
+        """Of values [T] of the whole micro-batch, those of this rank's tokens."""
+        return values if self.context is None else values[self.context.index]
 
     @staticmethod
-    def from_batch(batch: Mapping[str, Tensor], n_modalities: int, device: torch.device) -> Layout:
-        """The layout of a batch (CPU tensors `modality_ids, doc_ids, position_ids` [mbs, S]), moved to `device`.
+    def from_batch(batch: Mapping[str, Tensor], n_modalities: int, place: torch.device | Mesh) -> Layout:
+        """The layout of a batch (CPU tensors `modality_ids, doc_ids, position_ids` [mbs, S]), moved to the device.
+
+        Args:
+            place: a mesh, whose context-parallel ranks then share the tokens, or just a device.
 
         Raises:
-            PlanError: a modality id that the model has no bank for.
+            PlanError: a modality id that the model has no bank for; tokens that do not divide over the ranks.
         """
+        device = place.device if isinstance(place, Mesh) else place
         modality_ids = batch["modality_ids"].reshape(-1)
         if modality_ids.numel() and int(modality_ids.max()) >= n_modalities:
             raise PlanError(
@@ -57,9 +70,20 @@ class Layout:
         segment = flat_starts.cumsum(0) - 1
         seq_idx = segment.where(doc_ids.reshape(-1) >= 0, -1).to(torch.int32)
         boundaries = (*flat_starts.nonzero()[:, 0].tolist(), rows * length)
+        positions = batch["position_ids"].reshape(-1)
+        context, halo = None, None
+        if isinstance(place, Mesh) and place.cp_size > 1:
+            context = cut(place, seq_idx, boundaries, HALO)
+            places = context.index.view(len(context.mine), -1)
+            extended = torch.cat((halo_places(context, HALO), places), dim=1)
+            halo = to_device(route(modality_ids[extended].reshape(-1), n_modalities), device)
+            index = context.index
+            seq_idx, positions, modality_ids, boundaries = seq_idx[index], positions[index], modality_ids[index], ()
         return Layout(
             seq_idx[None].to(device, non_blocking=True),
             boundaries,
-            batch["position_ids"].reshape(-1).to(device, non_blocking=True),
+            positions.to(device, non_blocking=True),
             to_device(route(modality_ids, n_modalities), device),
+            context,
+            halo,
         )

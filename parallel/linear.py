@@ -10,13 +10,13 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from .parts import local
 from .routing import Route, linear_by_entry
 
 
-def packed_linear(x_TI: Tensor, weights: Sequence[nn.Parameter], plan: Route) -> Tensor:
+def packed_linear(x_TI: Tensor, weights: Sequence[Tensor], plan: Route) -> Tensor:
     """Apply parts that are all routed (banks [E, O, I]) or all shared ([O, I]) as one GEMM: [T, I] → [T, ΣO].
 
     Concatenating local shards is a local operation: the logical parameters stay parts.
@@ -28,7 +28,7 @@ def packed_linear(x_TI: Tensor, weights: Sequence[nn.Parameter], plan: Route) ->
     return linear_by_entry(x_TI, weight, plan)
 
 
-def project(x_TI: Tensor, weights: Sequence[nn.Parameter], plan: Route) -> list[Tensor]:
+def project(x_TI: Tensor, weights: Sequence[Tensor], plan: Route) -> list[Tensor]:
     """Like `packed_linear` for a mixture of routed and shared parts: one GEMM for each group, one output per part."""
     outputs: dict[int, Tensor] = {}
     for dimensions in (2, 3):

@@ -48,3 +48,19 @@ def scatter_sum_sequence(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     if group.size() == 1:
         return x
     return _mappings().reduce_scatter_to_sequence_parallel_region(x, group=group)
+
+
+def all_to_all(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """[ranks · n, …] → [ranks · n, …]: the r-th part goes to rank r; the gradient goes back the same way."""
+    if group.size() == 1:
+        return x
+    return _mappings().all_to_all(group, x.contiguous())
+
+
+def sum_over_both_ways(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """All-reduce (sum) whose gradient is all-reduced too: every rank goes on to use the sum differently."""
+    if group.size() == 1:
+        return x
+    return _mappings().copy_to_tensor_model_parallel_region(
+        _mappings().reduce_from_tensor_model_parallel_region(x.clone(), group=group), group=group
+    )

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..kernels.norm import rms_norm
+from .context import cut_tokens
 from .errors import PlanError
 from .kinds import KINDS, Kind
 from .kinds.attention import AttentionConfig
@@ -179,7 +180,8 @@ class HybridModel(PartModule):
         """Per-token cross-entropy, or the logits where there are no labels.
 
         Args:
-            tokens_T: int64 [T], all tokens of the micro-batch on every tp rank.
+            tokens_T: int64 [T], all tokens of the micro-batch on every tp rank; under context parallelism this
+                rank's share of them (`Layout.mine`), and so the labels and the result.
             layout: their documents and modalities.
             labels_T: int64 [T] or None.
 
@@ -191,11 +193,7 @@ class HybridModel(PartModule):
             PlanError: T is not divisible by tp.
         """
         group = self.mesh.tp_group
-        if tokens_T.shape[0] % self.mesh.tp_size:
-            raise PlanError(
-                f"micro_batch × seq_len = {tokens_T.shape[0]} tokens are not divisible by tp {self.mesh.tp_size} "
-                f"(sequence parallelism)"
-            )
+        cut_tokens(tokens_T.shape[0], 1, self.mesh.tp_size, "contiguous")
         rows = embed_local(tokens_T, local(self.embed.weight), self.mesh.tp_rank)
         x_TD = scatter_sum_sequence(rows, group)
         for block in self.layers.values():

@@ -15,7 +15,7 @@ import pydantic
 import yaml
 
 from ..data.stream import StreamConfig
-from ..parallel.mesh import MeshConfig
+from ..parallel.mesh import ContextConfig, MeshConfig
 from ..parallel.model import ModelConfig
 from .errors import ConfigError
 from .optim import OptimConfig
@@ -76,6 +76,7 @@ class RunConfig:
     data: StreamConfig
     seed: int = 0
     mesh: MeshConfig = field(default_factory=MeshConfig)
+    context: ContextConfig = field(default_factory=ContextConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)

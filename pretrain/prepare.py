@@ -9,17 +9,18 @@ from ..checkpoints.sharded import newest_checkpoint
 from ..data import mock
 from ..data.dataset import Dataset
 from ..data.stream import Stream
+from ..parallel.context import cut_tokens
 from .config import CONFIG_FILE, RunConfig, differing_keys, load_config, to_yaml
 from .errors import ConfigError
 
 # What may change between the runs that share a folder: where and how long it trains, not what is trained on what.
-FREE_KEYS = ("mesh.", "train.", "tracking.", "data.micro_batch", "name", "folder", "data.path")
+FREE_KEYS = ("mesh.", "context.", "train.", "tracking.", "data.micro_batch", "name", "folder", "data.path")
 
 
 def n_processes(config: RunConfig) -> int:
     """The processes that the mesh asks for; `dp_shard: -1` alone means 1 unless a launcher has decided."""
     mesh = config.mesh
-    return int(os.environ.get("WORLD_SIZE", mesh.tp * mesh.dp_replicate * max(1, mesh.dp_shard)))
+    return int(os.environ.get("WORLD_SIZE", mesh.tp * mesh.cp * mesh.dp_replicate * max(1, mesh.dp_shard)))
 
 
 def check_run(config: RunConfig, world_size: int) -> None:
@@ -33,11 +34,7 @@ def check_run(config: RunConfig, world_size: int) -> None:
     config.optim.check()
     if config.train.steps < 1:
         raise ConfigError(f"train.steps: must be at least 1, not {config.train.steps}")
-    if config.data.micro_batch * config.data.seq_len % mesh.tp:
-        raise ConfigError(
-            f"data: micro_batch {config.data.micro_batch} × seq_len {config.data.seq_len} tokens are not divisible by "
-            f"mesh.tp {mesh.tp} (sequence parallelism)"
-        )
+    cut_tokens(config.data.micro_batch * config.data.seq_len, mesh.cp, mesh.tp, config.context.order)
 
 
 def open_data(config: RunConfig) -> Dataset | mock.MockDataset:

@@ -10,10 +10,10 @@ from .config import RunConfig, TrainConfig
 D_MODEL, SEQ_LEN, VOCAB = 64, 64, 1024
 
 
-def shrink(config: RunConfig, steps: int = 2) -> RunConfig:
+def shrink(config: RunConfig, steps: int = 2, mesh: MeshConfig | None = None) -> RunConfig:
     """Pattern, routing, group and head counts, activations and modalities stay; widths, vocabulary and data shrink.
 
-    Training goes to `<folder>-shrunk` on mock data, on at most two tensor-parallel CPU processes.
+    Training goes to `<folder>-shrunk` on mock data, on at most two tensor-parallel CPU processes, or on `mesh`.
     """
     model = config.model
     inner = model.mamba.expand * D_MODEL
@@ -47,7 +47,7 @@ def shrink(config: RunConfig, steps: int = 2) -> RunConfig:
         folder=f"{config.folder}-shrunk",
         model=small,
         data=data,
-        mesh=MeshConfig(dp_shard=1, tp=min(2, config.mesh.tp)),
+        mesh=mesh or MeshConfig(dp_shard=1, tp=min(2, config.mesh.tp)),
         train=replace(TrainConfig(), steps=steps, checkpoint_every=0, device="cpu"),
         tracking=replace(config.tracking, wandb="disabled"),
     )

@@ -31,8 +31,9 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 def train(config: RunConfig) -> None:
     """Train from the newest complete checkpoint, or from the start, to `config.train.steps`."""
-    mesh = build_mesh(config.mesh, None if config.train.device == "auto" else config.train.device)
-    if mesh.tp_size > 1:
+    device = None if config.train.device == "auto" else config.train.device
+    mesh = build_mesh(config.mesh, device, config.context)
+    if mesh.tp_size * mesh.cp_size > 1:
         preload()
     check_run(config, dist.get_world_size())
     dataset = open_data(config)

@@ -69,13 +69,13 @@ def _shard(module: nn.Module, mesh: Mesh, policy: MixedPrecisionPolicy) -> None:
 
 
 def _check_banks(model: HybridModel, mesh: Mesh) -> None:
-    ranks = mesh.device_mesh["dp_shard"].size()
+    ranks = mesh.device_mesh["fsdp"].size()
     for name, parameter, part in named_parts(model):
         if part.entries:
             dim = 2 if part.tp_dim == 0 else 1
             if parameter.shape[dim] % ranks:
                 raise PlanError(
-                    f"{name}: dimension {dim} of the bank {tuple(parameter.shape)} is not divisible by dp_shard "
+                    f"{name}: dimension {dim} of the bank {tuple(parameter.shape)} is not divisible by dp_shard × cp = "
                     f"{ranks}; raise dp_replicate instead"
                 )
 

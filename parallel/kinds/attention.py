@@ -5,9 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ...kernels.attention import apply_rope, decode_attention, packed_attention
+from ..context import Context, gather_tokens, share_heads, to_heads, to_sequence
 from ..errors import PlanError
 from ..layout import Layout
 from ..linear import packed_linear, project
@@ -68,7 +70,10 @@ class Attention(Mixer):
         q, k, v = self._qkv(h_TD, layout)
         if self.config.rope_base is not None:
             q, k = (apply_rope(x, layout.position_ids, self.config.rope_base) for x in (q, k))
-        y = packed_attention(q, k, v, boundaries=layout.boundaries)
+        if layout.context is None:
+            y = packed_attention(q, k, v, boundaries=layout.boundaries)
+        else:
+            y = context_attention(q, k, v, layout.context)
         return packed_linear(y.flatten(-2), [self.o_proj.weight], layout.modality)
 
     def extend(self, h_bsD: Tensor, new: NewTokens, cache: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
@@ -85,6 +90,44 @@ class Attention(Mixer):
     def _qkv(self, h_TD: Tensor, tokens: Layout | NewTokens) -> list[Tensor]:
         weights = [self.q_proj.weight, self.k_proj.weight, self.v_proj.weight]
         return [x.unflatten(-1, (-1, self.config.head_dim)) for x in project(h_TD, weights, tokens.modality)]
+
+
+def context_attention(q: Tensor, k: Tensor, v: Tensor, context: Context) -> Tensor:
+    """Attention of this rank's tokens to all tokens of their documents: q [T/cp, H, d], k and v [T/cp, K, d]."""
+    n_heads, n_kv, size = q.shape[1], k.shape[1], context.mesh.cp_size
+    divides = n_heads % size == 0 and (n_kv % size == 0 or size % n_kv == 0)
+    choice = context.mesh.context.attention
+    if choice == "gather" or (choice == "auto" and not divides):
+        k, v = (gather_tokens(x.flatten(1), context).view(-1, n_kv, x.shape[-1]) for x in (k, v))
+        return _attend_to_all(q, k, v, context)
+    shares = share_heads(n_heads, n_kv, size, "model.attention")
+    per_rank = [
+        torch.cat((q_r.flatten(1), k[:, share].flatten(1), v[:, share].flatten(1)), dim=1)
+        for q_r, share in zip(q.chunk(size, dim=1), shares, strict=True)
+    ]
+    width = q.shape[-1]
+    everything = to_heads(per_rank, context).unflatten(1, (-1, width))
+    kv = len(shares[0])
+    q_all, k_all, v_all = everything.split((n_heads // size, kv, kv), dim=1)
+    y = packed_attention(q_all, k_all, v_all, boundaries=context.boundaries)
+    return to_sequence(y.flatten(1), context).unflatten(1, (-1, width))
+
+
+def _attend_to_all(q: Tensor, k: Tensor, v: Tensor, context: Context) -> Tensor:
+    """Queries of this rank's segments against the keys of the whole micro-batch, document by document."""
+    outputs, row = [], 0
+    for segment in context.mine:
+        start, stop = segment * context.length, (segment + 1) * context.length
+        for first, last in zip(context.boundaries[:-1], context.boundaries[1:], strict=True):
+            begin, end = max(first, start), min(last, stop)
+            if begin < end:
+                rows = q[row : row + end - begin].transpose(0, 1)[None]
+                keys, values = (x[first:end].transpose(0, 1)[None] for x in (k, v))
+                seen = torch.ones(end - begin, end - first, dtype=torch.bool, device=q.device).tril(begin - first)
+                y = F.scaled_dot_product_attention(rows, keys, values, attn_mask=seen, enable_gqa=True)
+                outputs.append(y[0].transpose(0, 1))
+                row += end - begin
+    return torch.cat(outputs)
 
 
 def flops(config: AttentionConfig, shape: Shape, mean_keys: float) -> float:

@@ -7,7 +7,8 @@ convolution, A, D, the gated norm and the scan are shared, so the state crosses 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -16,11 +17,14 @@ from ...kernels.conv import causal_conv1d
 from ...kernels.norm import gated_rms_norm
 from ...kernels.ssd import ssd
 from ..errors import PlanError
-from ..layout import Layout
+from ..layout import HALO, Layout
 from ..linear import packed_linear, project
+from ..megatron import sum_over_both_ways
+from ..mesh import Mesh
 from ..parts import Init, Part, local
 from ..routing import Route
 from .base import HFKey, Kind, Mixer, NewTokens, Shape, flat
+from .mamba_context import over_heads, pass_states
 
 PROJECTIONS = ("z", "x", "B", "C", "dt")
 ROUTABLE = (*PROJECTIONS, "dt_bias", "out")
@@ -69,12 +73,14 @@ def check(config: MambaConfig, shape: Shape, tp: int) -> None:
         raise PlanError(f"model.mamba.routed: {', '.join(unknown)} cannot be routed; accepted: {', '.join(ROUTABLE)}")
     if d_inner % config.head_dim:
         raise PlanError(f"model.mamba: expand·d_model = {d_inner} is not divisible by head_dim {config.head_dim}")
+    if not 1 <= config.d_conv <= HALO + 1:
+        raise PlanError(f"model.mamba.d_conv: {config.d_conv} is outside 1 to {HALO + 1}")
     if heads % config.n_groups:
         raise PlanError(f"model.mamba: {heads} heads are not divisible by n_groups {config.n_groups}")
-    if heads % tp or config.n_groups % tp:
+    if heads % tp or (config.n_groups % tp and tp % config.n_groups):
         raise PlanError(
-            f"model.mamba: {heads} heads and n_groups {config.n_groups} must both be divisible by tp {tp}; choose "
-            f"tp as a divisor of {config.n_groups}, or more groups"
+            f"model.mamba: {heads} heads and n_groups {config.n_groups} must divide over tp {tp}; choose tp "
+            f"as a divisor or as a multiple of {config.n_groups} that divides {heads}"
         )
 
 
@@ -102,24 +108,44 @@ def parts(config: MambaConfig, shape: Shape) -> dict[str, Part]:
 
 
 class Mamba(Mixer):
-    """x, B, C through a causal convolution, SSD with this rank's heads and groups, gate, grouped RMSNorm, out."""
+    """x, B, C through a causal convolution, SSD with this rank's heads and groups, gate, grouped RMSNorm, out.
+
+    With more tp ranks than groups, B and C are replicated: each rank takes its group's rows, so their gradients are
+    partial sums, and the norm of a group spans the ranks that share it.
+    """
 
     config: MambaConfig
 
+    def __init__(self, config: MambaConfig, shape: Shape, mesh: Mesh, parts: Mapping[str, Part]) -> None:
+        self.spans_ranks = config.n_groups % mesh.tp_size != 0
+        if self.spans_ranks:
+            shared = (
+                "in_proj.B.weight",
+                "in_proj.C.weight",
+                *(f"conv.{p}.{w}" for p in "BC" for w in ("weight", "bias")),
+            )
+            parts = {n: replace(part, tp_dim=None) if n in shared else part for n, part in parts.items()}
+        super().__init__(config, shape, mesh, parts)
+        self.n_heads = config.n_heads(shape) // mesh.tp_size
+        self.n_groups = 1 if self.spans_ranks else config.n_groups // mesh.tp_size
+
     def forward(self, h_TD: Tensor, layout: Layout) -> Tensor:
-        z, xBC, dt = self._in(h_TD, layout.modality)
-        weight, bias = self._conv_parameters()
-        convolved = causal_conv1d(xBC[None], weight, bias, seq_idx=layout.seq_idx)
+        if layout.context is not None:
+            by_heads = layout.context.mesh.context.mamba == "heads"
+            return (over_heads if by_heads else pass_states)(self, h_TD, layout, layout.context)
+        z, x, B, C, dt = self.project(h_TD, layout.modality, PROJECTIONS)
+        weight, bias = self.conv_parameters()
+        convolved = causal_conv1d(torch.cat((x, B, C), dim=-1)[None], weight, bias, seq_idx=layout.seq_idx)
         assert isinstance(convolved, Tensor)
         y = self._scan(convolved, dt[None], layout.modality, layout.seq_idx)[0]
-        return self._out(y[0], z, layout.modality)
+        return self.out(y[0], z, layout.modality)
 
     def extend(self, h_bsD: Tensor, new: NewTokens, cache: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         b, s, _ = h_bsD.shape
-        z, xBC, dt = self._in(flat(h_bsD), new.modality)
-        weight, bias = self._conv_parameters()
+        z, x, B, C, dt = self.project(flat(h_bsD), new.modality, PROJECTIONS)
+        weight, bias = self.conv_parameters()
         xBC, conv_state = causal_conv1d(
-            xBC.view(b, s, -1),
+            torch.cat((x, B, C), dim=-1).view(b, s, -1),
             weight,
             bias,
             seq_idx=new.seq_idx,
@@ -127,35 +153,50 @@ class Mamba(Mixer):
             return_final_state=True,
         )
         y, state = self._scan(xBC, dt.view(b, s, -1), new.modality, new.seq_idx, cache.get("ssm"))
-        out = self._out(flat(y), z, new.modality)
+        out = self.out(flat(y), z, new.modality)
         return out.view(b, s, -1), {"conv": conv_state, "ssm": state}
 
-    def _in(self, h_TD: Tensor, plan: Route) -> tuple[Tensor, Tensor, Tensor]:
-        weights = [getattr(self.in_proj, p).weight for p in PROJECTIONS]
-        z, x, B, C, dt = project(h_TD, weights, plan)
-        return z, torch.cat((x, B, C), dim=-1), dt
+    def project(self, h_TD: Tensor, plan: Route, names: Sequence[str]) -> list[Tensor]:
+        """[T, D] → one [T, width] per named projection, for this rank's heads and groups."""
+        weights = [self._of_group(getattr(self.in_proj, name).weight, name, -2) for name in names]
+        return project(h_TD, weights, plan)
 
-    def _conv_parameters(self) -> tuple[Tensor, Tensor]:
-        convs = (self.conv.x, self.conv.B, self.conv.C)
-        return torch.cat([local(c.weight) for c in convs]), torch.cat([local(c.bias) for c in convs])
+    def conv_parameters(self) -> tuple[Tensor, Tensor]:
+        """Weight [channels, k] and bias [channels] of the convolution over this rank's x, B, C."""
+        convs = {name: getattr(self.conv, name) for name in "xBC"}
+        weights = [self._of_group(local_conv.weight, name, 0) for name, local_conv in convs.items()]
+        return torch.cat(weights), torch.cat([self._of_group(c.bias, name, 0) for name, c in convs.items()])
+
+    def _of_group(self, parameter: Tensor, name: str, dim: int) -> Tensor:
+        """This rank's shard, or its group's rows of a replicated B or C part."""
+        if not (self.spans_ranks and name in ("B", "C")):
+            return local(parameter)
+        group = self.mesh.tp_rank * self.config.n_groups // self.mesh.tp_size
+        return local(parameter, partial=True).narrow(dim, group * self.config.d_state, self.config.d_state)
+
+    def decay_rate(self, dtype: torch.dtype) -> Tensor:
+        """A [H] < 0, in at least float32."""
+        return -local(self.A_log).to(torch.promote_types(dtype, torch.float32)).exp()
+
+    def split(self, xBC: Tensor, n_heads: int, n_groups: int) -> tuple[Tensor, Tensor, Tensor]:
+        """[…, x|B|C] → x […, H, P], B and C […, G, N]."""
+        x, B, C = xBC.split((n_heads * self.config.head_dim, *[n_groups * self.config.d_state] * 2), dim=-1)
+        return x.unflatten(-1, (n_heads, -1)), B.unflatten(-1, (n_groups, -1)), C.unflatten(-1, (n_groups, -1))
 
     def _scan(
         self, xBC: Tensor, dt: Tensor, plan: Route, seq_idx: Tensor, state: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """[b, l, x|B|C] → y [b, l, I] and the final state [b, H, P, N]."""
-        b, length, heads = dt.shape
-        groups = self.config.n_groups // self.mesh.tp_size
-        x, B, C = xBC.split((heads * self.config.head_dim, *[groups * self.config.d_state] * 2), dim=-1)
-        compute = torch.promote_types(xBC.dtype, torch.float32)
+        x, B, C = self.split(xBC, self.n_heads, self.n_groups)
         outputs = ssd(
-            x.unflatten(-1, (heads, self.config.head_dim)),
+            x,
             dt,
-            -local(self.A_log).to(compute).exp(),
-            B.unflatten(-1, (groups, self.config.d_state)),
-            C.unflatten(-1, (groups, self.config.d_state)),
+            self.decay_rate(xBC.dtype),
+            B,
+            C,
             self.config.chunk_size,
             D=local(self.D),
-            dt_bias=self._dt_bias(plan, b, length),
+            dt_bias=self.bias_of_dt(plan, dt.shape),
             dt_softplus=True,
             initial_states=state,
             seq_idx=seq_idx,
@@ -164,19 +205,34 @@ class Mamba(Mixer):
         assert isinstance(outputs, tuple)
         return outputs[0].flatten(-2), outputs[1]
 
-    def _dt_bias(self, plan: Route, b: int, length: int) -> Tensor:
-        """[H], or [b, l, H] where each modality has its own."""
+    def bias_of_dt(self, plan: Route, shape: Sequence[int]) -> Tensor:
+        """[H], or of the given shape [b, l, H] where each modality has its own."""
         if "dt_bias" not in self.config.routed:
             return local(self.dt_bias)
         table = torch.stack([local(getattr(self.dt_bias, m)) for m in self.shape.modalities])
         # A product with the one-hot rows, not an index: its backward is deterministic on every device.
         one_hot = nn.functional.one_hot(plan.ids, len(self.shape.modalities)).to(table.dtype)
-        return (one_hot @ table).view(b, length, -1)
+        return (one_hot @ table).view(*shape)
 
-    def _out(self, y: Tensor, z: Tensor, plan: Route) -> Tensor:
+    def out(self, y: Tensor, z: Tensor, plan: Route) -> Tensor:
+        """Gate, norm and out-projection: y, z [T, I] → [T, D], to be summed over tp."""
         group_size = self.config.d_inner(self.shape) // self.config.n_groups
-        y = gated_rms_norm(y, z, local(self.norm.weight), group_size=group_size, eps=self.shape.norm_eps)
+        weight, eps = local(self.norm.weight), self.shape.norm_eps
+        if self.spans_ranks:
+            y = self._norm_across_ranks(y, z, weight, group_size)
+        else:
+            y = gated_rms_norm(y, z, weight, group_size=group_size, eps=eps)
         return packed_linear(y, [self.out_proj.weight], plan)
+
+    def _norm_across_ranks(self, y: Tensor, z: Tensor, weight: Tensor, group_size: int) -> Tensor:
+        """The gated norm of a group that several tp ranks share: sums of squares meet in one [T, G] all-reduce."""
+        dtype = torch.promote_types(y.dtype, torch.float32)
+        gated = y.to(dtype) * nn.functional.silu(z.to(dtype))
+        group = self.mesh.tp_rank * self.config.n_groups // self.mesh.tp_size
+        own = nn.functional.one_hot(torch.tensor(group, device=y.device), self.config.n_groups).to(dtype)
+        squares = sum_over_both_ways(gated.square().sum(-1, keepdim=True) * own, self.mesh.tp_group)
+        scale = (squares[:, group : group + 1] / group_size + self.shape.norm_eps).rsqrt()
+        return (gated * scale * weight.to(dtype)).to(y.dtype)
 
 
 def flops(config: MambaConfig, shape: Shape, mean_keys: float) -> float:

@@ -46,13 +46,13 @@ def next_token(model: HybridModel, batch: Mapping[str, Tensor], total_weight: fl
         total_weight: W, Σ of loss weights over the *global* batch; every reduction afterwards is a sum.
     """
     device, n_modalities = model.mesh.device, len(model.config.modalities)
-    layout = Layout.from_batch(batch, n_modalities, device)
-    tokens, labels, weights, modality = (
-        t.reshape(-1).to(device, non_blocking=True)
-        for t in (batch["tokens"], batch["labels"], batch["loss_weight"], label_modalities(batch))
+    layout = Layout.from_batch(batch, n_modalities, model.mesh)
+    fields = (batch["tokens"], batch["labels"], batch["loss_weight"], label_modalities(batch), has_label(batch))
+    tokens, labels, weights, modality, labelled = (
+        layout.mine(field.reshape(-1)).to(device, non_blocking=True) for field in fields
     )
     ce = model(tokens, layout, labels)
     loss = (ce * weights).sum() / total_weight
-    counted = ce.detach() * has_label(batch).reshape(-1).to(device, non_blocking=True)
+    counted = ce.detach() * labelled
     sums = torch.zeros(n_modalities, dtype=ce.dtype, device=device).index_add_(0, modality, counted)
     return ObjectiveOutput(loss, sums)

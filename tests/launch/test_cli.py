@@ -35,7 +35,10 @@ MISTAKES = [
     (("train", "quickstart", "train.stepz=3"), "polylepis: train.stepz: unknown key; nearest is steps (command line)"),
     (("train", "nonsense"), "polylepis: nonsense: no such recipe, file or run folder"),
     (("train", "quickstart", "model.pattern=MXM"), "polylepis: model.pattern: character 'X' at position 1 names no"),
-    (("train", "quickstart", "mesh.tp=4"), "polylepis: model.mamba: 8 heads and n_groups 2 must both be divisible by"),
+    (
+        ("train", "quickstart", "mesh.tp=4"),
+        "polylepis: model.attention: n_heads 4 and n_kv_heads 2 must both be divisible by",
+    ),
     (("train", "quickstart"), "polylepis: runs/quickstart/shards"),  # no data set here
     (("evaluate", "nowhere"), "polylepis: nowhere: no config.yaml in it"),
     (("generate", "nowhere", "--tokens", "0"), "polylepis: need --tokens ≥ 1"),

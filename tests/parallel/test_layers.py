@@ -208,7 +208,8 @@ REFUSALS: list[tuple[dict[str, Any], int, str]] = [
         "expand·d_model = 32 is not divisible by head_dim 5",
     ),
     ({"mamba": MambaConfig(d_state=6, head_dim=4, n_groups=3)}, 1, "8 heads are not divisible by n_groups 3"),
-    ({}, 4, "8 heads and n_groups 2 must both be divisible by tp 4"),
+    ({}, 3, "8 heads and n_groups 2 must divide over tp 3; choose tp as a divisor or as a multiple of 2 that div"),
+    ({"mamba": MambaConfig(head_dim=4, n_groups=2, d_conv=9)}, 1, "model.mamba.d_conv: 9 is outside 1 to 4"),
     ({"mamba": MambaConfig(head_dim=4, n_groups=2, routed=("conv",))}, 1, "conv cannot be routed; accepted: z, x"),
     ({"pattern": "*"}, 3, "n_heads 4 and n_kv_heads 2 must both be divisible by tp 3"),
     ({"pattern": "-"}, 16, "d_ff 20 is not divisible by tp 16"),
@@ -229,11 +230,13 @@ def test_refusals_name_the_numbers(changes: dict[str, Any], tp: int, message: st
 
 
 def test_mesh_refusals() -> None:
-    with pytest.raises(PlanError, match=r"× tp 3 = 3 processes, but the world size is 4"):
+    with pytest.raises(PlanError, match=r"× tp 3 = 3 processes, but the world size is 4; the nearest that fits is 3"):
         MeshConfig(tp=3).resolve(4)
+    with pytest.raises(PlanError, match="pp 2: this version has no pipeline stages"):
+        MeshConfig(pp=2).resolve(2)
     with pytest.raises(PlanError, match="every axis is ≥ 1"):
         MeshConfig(tp=0).resolve(1)
-    assert MeshConfig(tp=2).resolve(8) == MeshConfig(1, 4, 2)
+    assert MeshConfig(tp=2, cp=2).resolve(8) == MeshConfig(dp_replicate=1, dp_shard=2, cp=2, tp=2)
 
 
 def test_unknown_modality_in_a_batch() -> None:

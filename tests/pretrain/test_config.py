@@ -38,7 +38,7 @@ def test_shrunk_recipes_keep_their_structure(name: str) -> None:
 
 def test_overrides() -> None:
     config = load_config("quickstart", ["train.steps=7", "mesh.tp=1", "model.mamba.routed=[z, out]", "name=other"])
-    assert (config.train.steps, config.mesh, config.name) == (7, MeshConfig(1, 1, 1), "other")
+    assert (config.train.steps, config.mesh, config.name) == (7, MeshConfig(dp_shard=1), "other")
     assert config.model.mamba.routed == ("z", "out")
     layered = load_config("quickstart", ["model.layers.0={d_state: 8}"])
     assert layered.model.layers == {0: {"d_state": 8}}

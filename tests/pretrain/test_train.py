@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from polylepis.checkpoints.sharded import newest_checkpoint, read_manifest, read_tensors
+from polylepis.parallel.mesh import ContextConfig
 from polylepis.pretrain.config import RunConfig, load_config, recipe_names
 from polylepis.pretrain.errors import ConfigError
 from polylepis.pretrain.meter.tracker import Tracker, plot_losses, read_metrics
@@ -97,8 +98,11 @@ def test_refuses_the_folder_of_another_run(tmp_path: Path) -> None:
 
 def test_refusals_before_the_first_step(tmp_path: Path) -> None:
     config = small(tmp_path, 1)
-    with pytest.raises(ConfigError, match=r"micro_batch 1 × seq_len 65 tokens are not divisible by mesh\.tp 2"):
+    with pytest.raises(ValueError, match=r"= 65 tokens cannot be cut into 2 equal parts for tp 2 .*such as 64"):
         check_all(replace(config, data=replace(config.data, seq_len=65)), 2)
+    with pytest.raises(ValueError, match=r"= 64 tokens cannot be cut into 24 equal parts for cp 6 \(zigzag\) and tp 2"):
+        zigzag = replace(config, context=ContextConfig("zigzag"), mesh=replace(config.mesh, cp=6))
+        check_all(zigzag, 12)
     with pytest.raises(ValueError, match="no multiple of data-parallel ranks 2"):
         mesh = replace(config.mesh, tp=1, dp_shard=2)
         check_all(replace(config, mesh=mesh, data=replace(config.data, global_batch=3)), 2)
@@ -112,7 +116,7 @@ def test_refusals_before_the_first_step(tmp_path: Path) -> None:
 def test_number_of_processes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     assert n_processes(load_config("quickstart")) == 2
-    assert n_processes(load_config("quickstart", ["mesh={tp: 2, dp_shard: 2, dp_replicate: 3}"])) == 12
+    assert n_processes(load_config("quickstart", ["mesh={tp: 2, dp_shard: 2, dp_replicate: 3, cp: 4}"])) == 48
     monkeypatch.setenv("WORLD_SIZE", "8")
     assert n_processes(load_config("quickstart")) == 8
 
