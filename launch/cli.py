@@ -16,6 +16,7 @@ ROOMS = {
     "generate": ("polylepis.pretrain.commands", "generate", "Draw digits from captions and continue a prompt."),
     "data": ("polylepis.data.commands", "data", "Build, index, validate and inspect data sets."),
     "convert": ("polylepis.checkpoints.commands", "convert", "Convert a run to Hugging Face format, and verify it."),
+    "verify": ("polylepis.pretrain.commands", "verify", "Prove that a parallel plan equals one process, on the CPU."),
     "recipes": ("polylepis.pretrain.commands", "recipes", "List and show the recipes of the package."),
 }
 

@@ -72,6 +72,26 @@ def generate(run: Path, prompt: str, tokens: int, per_digit: int, temperature: f
     generate_run(run, prompt=prompt, n_tokens=tokens, per_digit=per_digit, temperature=temperature, seed=seed)
 
 
+@click.command()
+@click.argument("config")
+@click.argument("overrides", nargs=-1)
+def verify(config: str, overrides: tuple[str, ...]) -> None:
+    """Prove that CONFIG's parallel plan equals one process, before paying for GPUs.
+
+    Runs the plan on this machine's CPU, shrunk in width but with its pattern, routing and axes intact (data-parallel
+    axes at most 2), and compares loss, gradient norm, every gradient and one optimizer step with one process: in fp64,
+    where parallelism is proven, and in fp32. Exit code 1 where anything exceeds its tolerance.
+    """
+    from .prepare import n_processes
+    from .verify import certificate, verify_config
+
+    resolved = load_config(config, overrides)
+    plan, lines = verify_config(resolved, n_processes(resolved))
+    click.echo(certificate(plan, lines))
+    if not all(line.passed for line in lines):
+        raise SystemExit(1)
+
+
 @click.group()
 def recipes() -> None:
     """The recipes that ship with the package."""
@@ -92,6 +112,3 @@ def list_recipes() -> None:
 def show(name: str) -> None:
     """The recipe's file, with its comments."""
     click.echo(find_config(name).read_text(), nl=False)
-
-
-COMMANDS: tuple[click.Command, ...] = (train, evaluate, generate, recipes)

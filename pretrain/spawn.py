@@ -12,8 +12,8 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from .errors import ConfigError
 
 
-def run_workers(n_processes: int, arguments: Sequence[str]) -> None:
-    """Run `polylepis.pretrain.train` in `n_processes` processes and wait.
+def run_workers(n_processes: int, arguments: Sequence[str], module: str = "polylepis.pretrain.train") -> None:
+    """Run `module` in `n_processes` processes and wait.
 
     Raises:
         ConfigError: a worker failed; the worker has said why on standard error.
@@ -30,7 +30,9 @@ def run_workers(n_processes: int, arguments: Sequence[str]) -> None:
         monitor_interval=0.1,
     )
     try:
-        elastic_launch(config, sys.executable)("-m", "polylepis.pretrain.train", *arguments)
+        elastic_launch(config, sys.executable)("-m", module, *arguments)
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
-        raise ConfigError(f"training stopped: rank {rank} ended with exit code {failure.exitcode}") from None
+        raise ConfigError(
+            f"{module.rpartition('.')[2]} stopped: rank {rank} ended with exit code {failure.exitcode}"
+        ) from None

@@ -73,6 +73,9 @@ class MoE(Mixer):
         super().__init__(config, shape, mesh, parts_)  # type: ignore[arg-type]
         self.register_buffer("selection_bias", torch.zeros(config.n_experts))
         self.register_buffer("load", torch.zeros(config.n_experts), persistent=False)
+        # For comparisons: what to choose instead of choosing (so that near-ties do not flip), and what was chosen.
+        self.replay: Tensor | None = None
+        self.chosen: Tensor | None = None
 
     def forward(self, h_TD: Tensor, layout: Layout) -> Tensor:
         real = (layout.seq_idx[0] >= 0).to(self.load.dtype)
@@ -95,6 +98,9 @@ class MoE(Mixer):
         compute = torch.promote_types(h_TD.dtype, torch.float32)
         scores = (h_TD.to(compute) @ local(self.router.weight, partial=True).to(compute).T).sigmoid()
         chosen = (scores.detach() + self.selection_bias.to(compute)).topk(self.config.top_k, dim=-1).indices
+        if self.replay is not None:
+            chosen = self.replay
+        self.chosen = chosen
         weights = scores.gather(1, chosen)
         weights = weights / (weights.sum(dim=-1, keepdim=True) + 1e-20) * self.config.scale
         return chosen, weights
