@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, field, replace
+from datetime import timedelta
 from typing import Literal
 
 import torch
@@ -141,21 +142,27 @@ class Mesh:
         return self.device_mesh["fsdp"]
 
 
-def init_process_group(device_type: str) -> None:
-    """Join the group that torchrun describes, or form a group of one where there is no launcher."""
+def init_process_group(device_type: str, timeout: float = 600.0) -> None:
+    """Join the group that torchrun describes, or form a group of one where there is no launcher.
+
+    Args:
+        timeout: seconds after which a collective that some rank never joined fails on the others.
+    """
     if dist.is_initialized():
         return
     backend = "nccl" if device_type == "cuda" else "gloo"
     if "RANK" in os.environ:
-        dist.init_process_group(backend)
+        dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
 
 
-def build_mesh(config: MeshConfig, device_type: str | None = None, context: ContextConfig | None = None) -> Mesh:
+def build_mesh(
+    config: MeshConfig, device_type: str | None = None, context: ContextConfig | None = None, timeout: float = 600.0
+) -> Mesh:
     """The mesh over all processes; joins the process group if that has not happened yet."""
     kind = device_type or ("cuda" if torch.cuda.is_available() else "cpu")
-    init_process_group(kind)
+    init_process_group(kind, timeout)
     sizes = config.resolve(dist.get_world_size())
     device = torch.device(kind, int(os.environ.get("LOCAL_RANK", 0))) if kind == "cuda" else torch.device(kind)
     if kind == "cuda":

@@ -35,6 +35,7 @@ class TrainConfig:
         checkpoint_every: steps between checkpoints (0: only at the end); the last step always makes one.
         keep: how many checkpoints to keep (0: all).
         device: `auto` takes CUDA where there is one.
+        timeout: seconds after which a collective that some rank never joined stops the run.
     """
 
     steps: int = 1000
@@ -42,6 +43,7 @@ class TrainConfig:
     checkpoint_every: int = 1000
     keep: int = 2
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    timeout: float = 600.0
 
     __pydantic_config__ = {"extra": "forbid"}
 

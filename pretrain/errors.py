@@ -5,3 +5,9 @@ class ConfigError(ValueError):
     """A configuration that cannot be run. The message is one line that names the key, the value and the file."""
 
     exit_code = 2
+
+
+class DivergenceError(RuntimeError):
+    """Ranks that must do the same do not. Raised on all of them at the same step; names the ranks that differ."""
+
+    exit_code = 3

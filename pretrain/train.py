@@ -7,6 +7,7 @@ import importlib.util
 import os
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -21,6 +22,7 @@ from ..parallel.megatron import preload
 from ..parallel.mesh import build_mesh
 from ..parallel.model import HybridModel
 from .config import RunConfig, load_config
+from .errors import DivergenceError
 from .meter.tracker import Tracker, plot_losses
 from .objectives.next_token import next_token
 from .optim import build_optimizer, set_lr
@@ -32,7 +34,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 def train(config: RunConfig) -> None:
     """Train from the newest complete checkpoint, or from the start, to `config.train.steps`."""
     device = None if config.train.device == "auto" else config.train.device
-    mesh = build_mesh(config.mesh, device, config.context)
+    mesh = build_mesh(config.mesh, device, config.context, config.train.timeout)
     if mesh.tp_size * mesh.cp_size > 1:
         preload()
     check_run(config, dist.get_world_size())
@@ -53,36 +55,69 @@ def train(config: RunConfig) -> None:
 
     with open_tracker(config, first) as tracker:
         for step in range(first, config.train.steps):
-            started = time.perf_counter()
-            data = stream.next()
-            waited = time.perf_counter() - started
+            with located(step + 1):
+                started = time.perf_counter()
+                data = stream.next()
+                check_agreement(step + 1, data.doc_digest)
+                waited = time.perf_counter() - started
 
-            sums = torch.zeros(len(config.model.modalities), device=mesh.device)
-            for batch in data.micro_batches:
-                output = next_token(model, batch, data.total_weight)
-                output.loss.backward()
-                sums += output.sums
+                sums = torch.zeros(len(config.model.modalities), device=mesh.device)
+                for batch in data.micro_batches:
+                    output = next_token(model, batch, data.total_weight)
+                    output.loss.backward()
+                    sums += output.sums
 
-            norm = gradient_norm(model.parameters())
-            if config.optim.clip and norm > config.optim.clip:
-                scale_gradients(model.parameters(), config.optim.clip / norm)
-            lr = config.optim.lr * config.optim.factor(step, config.train.steps)
-            set_lr(optimizer, lr)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            balance_experts(model)
+                norm = gradient_norm(model.parameters())
+                if config.optim.clip and norm > config.optim.clip:
+                    scale_gradients(model.parameters(), config.optim.clip / norm)
+                lr = config.optim.lr * config.optim.factor(step, config.train.steps)
+                set_lr(optimizer, lr)
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+                balance_experts(model)
 
-            dist.all_reduce(sums)
-            losses = sums / mesh.tp_size  # every tp rank counted the same tokens
-            if tracker is not None:
-                seconds = time.perf_counter() - started
-                tracker.log(step_metrics(config, step + 1, data, losses.tolist(), norm, lr, seconds, waited))
-            if is_checkpoint_step(config, step + 1):
-                extra = {"step": step + 1, "data": stream.state_dict()}
-                save_checkpoint(config.checkpoints, model, optimizer, extra, keep=config.train.keep)
+                dist.all_reduce(sums)
+                losses = sums / mesh.tp_size  # every tp rank counted the same tokens
+                if tracker is not None:
+                    seconds = time.perf_counter() - started
+                    tracker.log(step_metrics(config, step + 1, data, losses.tolist(), norm, lr, seconds, waited))
+                if is_checkpoint_step(config, step + 1):
+                    extra = {"step": step + 1, "data": stream.state_dict()}
+                    save_checkpoint(config.checkpoints, model, optimizer, extra, keep=config.train.keep)
 
     if tracker is not None and importlib.util.find_spec("matplotlib") and first < config.train.steps:
         plot_losses(config.path, config.model.modalities)
+
+
+@contextlib.contextmanager
+def located(step: int) -> Iterator[None]:
+    """An exception on its way out learns on which rank and step it happened."""
+    try:
+        yield
+    except Exception as error:
+        error.add_note(f"rank {dist.get_rank()}, step {step}")
+        raise
+
+
+def check_agreement(step: int, digest: str) -> None:
+    """All ranks must be about to train on the same global batch at the same step; one 16-byte all-gather tells.
+
+    Raises:
+        DivergenceError: on every rank; names those that are not with the majority.
+    """
+    if dist.get_world_size() == 1:
+        return
+    mine = torch.tensor([[step, int(digest, 16) >> 1]], device="cuda" if dist.get_backend() == "nccl" else "cpu")
+    everyone = mine.new_empty(dist.get_world_size(), 2)
+    dist.all_gather_into_tensor(everyone, mine)
+    seen = [tuple(pair) for pair in everyone.tolist()]
+    usual, count = Counter(seen).most_common(1)[0]
+    if count < len(seen):
+        others = [f"rank {rank} (step {pair[0]})" for rank, pair in enumerate(seen) if pair != usual]
+        raise DivergenceError(
+            f"step {usual[0]}: ranks hold different batches; {', '.join(others[:8])} differ from the "
+            f"other {count} ranks"
+        )
 
 
 def balance_experts(model: HybridModel) -> None:
@@ -145,10 +180,13 @@ def main(arguments: Sequence[str]) -> int:
         train(load_config(arguments[0], arguments[1:]))
     except Exception as error:
         code = getattr(error, "exit_code", None)
+        where = "; ".join(getattr(error, "__notes__", []))
+        if where:  # in the loop, where one rank alone may have failed and the others only hear of it
+            print(f"polylepis: {where}: {type(error).__name__}: {error}", file=sys.stderr)
+        elif code is not None and os.environ.get("RANK", "0") == "0":
+            print(f"polylepis: {error}", file=sys.stderr)
         if code is None:
             raise
-        if os.environ.get("RANK", "0") == "0":
-            print(f"polylepis: {error}", file=sys.stderr)
         return code
     finally:
         if dist.is_initialized():

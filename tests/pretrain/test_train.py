@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from polylepis.checkpoints.sharded import newest_checkpoint, read_manifest, read_tensors
 from polylepis.parallel.mesh import ContextConfig
@@ -132,3 +133,37 @@ def test_tracker_drops_what_a_resumed_run_writes_again(tmp_path: Path) -> None:
         tracker.log({"step": 3, **line})
     assert [entry["step"] for entry in read_metrics(tmp_path)] == [1, 2, 3]
     assert plot_losses(tmp_path, ("text", "image")).stat().st_size > 5_000
+
+
+def train_with_a_fault(config: RunConfig, fault: str) -> str:
+    """Train; on rank 1, break something at step 2. What this rank said when it stopped."""
+    from polylepis.pretrain import train as module
+
+    class Faulty(module.Stream):
+        def next(self) -> Any:
+            step = super().next()
+            if dist.get_rank() == 1 and step.index == 1:
+                if fault == "dies":
+                    raise OSError("the disk is gone")
+                step = replace(step, doc_digest="0123456789abcdef")
+            return step
+
+    module.Stream = Faulty  # type: ignore[misc]
+    try:
+        train(config)
+    except Exception as error:
+        return "; ".join(error.__notes__) + f": {type(error).__name__}: {error}"
+    return "nothing happened"
+
+
+def test_a_rank_that_diverges_stops_all_and_is_named(tmp_path: Path) -> None:
+    for rank, said in enumerate(run_ranks(2, train_with_a_fault, small(tmp_path, 4), "diverges")):
+        assert said.startswith(f"rank {rank}, step 2: DivergenceError: step 2: ranks hold different batches; rank ")
+    assert [line["step"] for line in read_metrics(tmp_path)] == [1]
+
+
+def test_a_rank_that_dies_is_named_and_nothing_hangs(tmp_path: Path) -> None:
+    """Rank 0 waits in a collective that rank 1 never joins: it must give up by itself, within the timeout."""
+    first, second = run_ranks(2, train_with_a_fault, small(tmp_path, 4, timeout=5.0), "dies", timeout=60)
+    assert second == "rank 1, step 2: OSError: the disk is gone"
+    assert first.startswith("rank 0, step 2: ") and "nothing happened" not in first

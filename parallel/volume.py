@@ -1,0 +1,98 @@
+"""Collectives of one forward pass and the bytes they carry, as formulas of the axis sizes.
+
+A gather is counted by what each rank ends up with, a reduce-scatter by what it puts in, an all-to-all and an all-reduce
+by the tensor. The backward of a gather is a reduce-scatter of the same size and the other way round, so a backward
+pass carries the same bytes; without context parallelism or with one exchange per layer the counts are equal too.
+`tests/parallel/test_collectives.py` asserts every line against what is really called.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+
+from .kinds.attention import AttentionConfig
+from .kinds.mamba import MambaConfig
+from .layout import HALO
+from .mesh import ContextConfig, MeshConfig
+from .model import ModelConfig
+
+
+@dataclass
+class Volume:
+    """Attributes:
+    calls: collectives by name, `all_gather`, `reduce_scatter`, `all_to_all`, `all_reduce`.
+    bytes: what they carry.
+    """
+
+    calls: Counter[str] = field(default_factory=Counter)
+    bytes: Counter[str] = field(default_factory=Counter)
+
+    def add(self, name: str, elements: int, itemsize: int, calls: int = 1) -> None:
+        self.calls[name] += calls
+        self.bytes[name] += calls * elements * itemsize
+
+
+def forward_volume(
+    config: ModelConfig, mesh: MeshConfig, context: ContextConfig, n_tokens: int, itemsize: int = 4
+) -> Volume:
+    """Collectives of tensor, sequence and context parallelism in the forward of one micro-batch, seen by one rank.
+
+    Args:
+        n_tokens: tokens of the micro-batch, all context ranks together.
+        itemsize: bytes of an activation; states and losses travel in at least float32.
+    """
+    volume, wide = Volume(), max(4, itemsize)
+    local = n_tokens // mesh.cp
+    if mesh.tp > 1:
+        layers = len(config.symbols)
+        volume.add("reduce_scatter", local * config.d_model, itemsize, layers + 1)  # embedding, every layer
+        volume.add("all_gather", local * config.d_model, itemsize, layers + 1)  # every layer, output projection
+        volume.add("all_reduce", local, wide)  # largest logit
+        volume.add("all_reduce", 2 * local, wide)  # Σ exp and the target's logit
+    for index in range(len(config.symbols)):
+        layer = config.layer(index)[1]
+        if isinstance(layer, MambaConfig):
+            _mamba(volume, config, layer, mesh, context, n_tokens, itemsize)
+        elif isinstance(layer, AttentionConfig) and mesh.cp > 1:
+            _attention(volume, layer, mesh, context, n_tokens, itemsize)
+    return volume
+
+
+def _mamba(
+    volume: Volume,
+    config: ModelConfig,
+    layer: MambaConfig,
+    mesh: MeshConfig,
+    context: ContextConfig,
+    n_tokens: int,
+    itemsize: int,
+) -> None:
+    heads, wide = layer.n_heads(config.shape) // mesh.tp, max(4, itemsize)
+    groups = max(1, layer.n_groups // mesh.tp)
+    if layer.n_groups % mesh.tp:
+        volume.add("all_reduce", n_tokens // mesh.cp * layer.n_groups, wide)  # sums of squares of spanning norms
+    if mesh.cp == 1:
+        return
+    if context.mamba == "heads":
+        shares = max(1, groups // mesh.cp)
+        width = heads // mesh.cp * (layer.head_dim + 1) + 2 * shares * layer.d_state
+        volume.add("all_to_all", n_tokens * width, itemsize)
+        volume.add("all_to_all", n_tokens * (heads // mesh.cp) * layer.head_dim, itemsize)
+    else:
+        segments = mesh.cp * (2 if context.order == "zigzag" else 1)
+        volume.add("all_gather", segments * HALO * config.d_model, itemsize)
+        volume.add("all_gather", segments * heads * (layer.head_dim * layer.d_state + 1), wide)
+
+
+def _attention(
+    volume: Volume, layer: AttentionConfig, mesh: MeshConfig, context: ContextConfig, n_tokens: int, itemsize: int
+) -> None:
+    heads, kv = layer.n_heads // mesh.tp, layer.n_kv_heads // mesh.tp
+    divides = heads % mesh.cp == 0 and (kv % mesh.cp == 0 or mesh.cp % kv == 0)
+    if context.attention == "gather" or (context.attention == "auto" and not divides):
+        volume.add("all_gather", n_tokens * kv * layer.head_dim, itemsize, 2)
+    else:
+        width = heads // mesh.cp + 2 * max(1, kv // mesh.cp)
+        volume.add("all_to_all", n_tokens * width * layer.head_dim, itemsize)
+        volume.add("all_to_all", n_tokens * heads // mesh.cp * layer.head_dim, itemsize)
