@@ -213,13 +213,19 @@ def share_heads(n_heads: int, n_shared: int, ranks: int, what: str) -> list[list
     Raises:
         PlanError: heads do not divide over the ranks, or a rank's heads would need an uneven number of shared ones.
     """
-    if n_heads % ranks or (n_shared % ranks and ranks % n_shared):
+    fitting = [d for d in range(1, n_heads + 1) if n_heads % d == 0 and (n_shared % d == 0 or d % n_shared == 0)]
+    if ranks not in fitting:
         raise PlanError(
-            f"{what}: {n_heads} heads and {n_shared} shared heads of a tp rank do not divide over cp {ranks}; choose "
-            f"another exchange, or cp as a divisor of {n_shared}"
+            f"{what}: {n_heads} heads and {n_shared} groups or key/value heads of a tp rank do not divide over cp "
+            f"{ranks}; choose cp {min(fitting, key=lambda d: abs(d - ranks))}, or another exchange"
         )
     repeat, per_rank = n_heads // n_shared, n_heads // ranks
     return [sorted({h // repeat for h in range(r * per_rank, (r + 1) * per_rank)}) for r in range(ranks)]
+
+
+def nearest_divisor(number: int, wanted: int) -> int:
+    """The divisor of `number` that is nearest to `wanted`."""
+    return min((d for d in range(1, number + 1) if number % d == 0), key=lambda d: abs(d - wanted))
 
 
 def to_heads(per_rank: list[Tensor], context: Context) -> Tensor:

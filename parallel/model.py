@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..kernels.norm import rms_norm
-from .context import cut_tokens
+from .context import cut_tokens, share_heads
 from .errors import PlanError
 from .kinds import KINDS, Kind
 from .kinds.attention import AttentionConfig
@@ -22,7 +22,7 @@ from .kinds.mlp import MLPConfig
 from .kinds.moe import MoEConfig
 from .layout import Layout
 from .megatron import gather_sequence, scatter_sum_sequence
-from .mesh import Mesh
+from .mesh import ContextConfig, Mesh, MeshConfig
 from .parts import Init, Part, PartModule, add_part, local
 from .pattern import parse_pattern
 from .vocab import embed_local, mask_pad_logits, vocab_parallel_cross_entropy
@@ -118,6 +118,22 @@ class ModelConfig:
         for index in range(len(self.symbols)):
             kind, config = self.layer(index)
             kind.check(config, self.shape, tp)
+
+    def check_context(self, mesh: MeshConfig, context: ContextConfig) -> None:
+        """Refuse heads and groups that cannot be exchanged over the context-parallel ranks.
+
+        Raises:
+            PlanError: with the numbers.
+        """
+        if mesh.cp == 1:
+            return
+        for index in range(len(self.symbols)):
+            layer = self.layer(index)[1]
+            if isinstance(layer, MambaConfig) and context.mamba == "heads":
+                groups = max(1, layer.n_groups // mesh.tp)
+                share_heads(layer.n_heads(self.shape) // mesh.tp, groups, mesh.cp, "context.mamba: heads")
+            elif isinstance(layer, AttentionConfig) and context.attention == "heads":
+                share_heads(layer.n_heads // mesh.tp, layer.n_kv_heads // mesh.tp, mesh.cp, "context.attention: heads")
 
 
 def norm_part(width: int) -> Part:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -9,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...kernels.attention import apply_rope, decode_attention, packed_attention
-from ..context import Context, gather_tokens, share_heads, to_heads, to_sequence
+from ..context import Context, gather_tokens, nearest_divisor, share_heads, to_heads, to_sequence
 from ..errors import PlanError
 from ..layout import Layout
 from ..linear import packed_linear, project
@@ -43,7 +44,7 @@ def check(config: AttentionConfig, shape: Shape, tp: int) -> None:
     if config.n_heads % tp or config.n_kv_heads % tp:
         raise PlanError(
             f"model.attention: n_heads {config.n_heads} and n_kv_heads {config.n_kv_heads} must both be divisible by "
-            f"tp {tp}"
+            f"tp {tp}; choose tp {nearest_divisor(math.gcd(config.n_heads, config.n_kv_heads), tp)}"
         )
     if config.rope_base is not None and config.head_dim % 2:
         raise PlanError(f"model.attention: RoPE needs an even head_dim, not {config.head_dim}")

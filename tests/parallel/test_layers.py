@@ -19,7 +19,7 @@ from polylepis.parallel.kinds.base import NewTokens
 from polylepis.parallel.kinds.mamba import MambaConfig
 from polylepis.parallel.kinds.moe import MoE
 from polylepis.parallel.layout import Layout
-from polylepis.parallel.mesh import MeshConfig, build_mesh
+from polylepis.parallel.mesh import ContextConfig, MeshConfig, build_mesh
 from polylepis.parallel.model import HybridModel, ModelConfig, config_from_mapping
 from polylepis.parallel.parts import Init, Part, initial_values, named_parts
 from polylepis.parallel.routing import linear_by_entry, route
@@ -227,6 +227,26 @@ def test_refusals_name_the_numbers(changes: dict[str, Any], tp: int, message: st
         dataclasses.replace(config, vocab_multiple=48).check(tp)
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("context", "message"),
+    [
+        (
+            ContextConfig(mamba="heads"),
+            "context.mamba: heads: 8 heads and 2 groups or key/value heads",
+        ),
+        (ContextConfig(attention="heads"), "context.attention: heads: 4 heads and 2 groups or key/value heads"),
+    ],
+    ids=["mamba", "attention"],
+)
+def test_context_refusals(context: ContextConfig, message: str) -> None:
+    with pytest.raises(PlanError) as caught:
+        toy("M*").check_context(MeshConfig(cp=3), context)
+    assert str(caught.value).startswith(message)
+    assert "over cp 3; choose cp " in str(caught.value)
+    toy("M*").check_context(MeshConfig(cp=3), ContextConfig())  # by states and gathered keys anything goes
+    toy("M*").check_context(MeshConfig(cp=4), ContextConfig(mamba="heads"))
 
 
 def test_mesh_refusals() -> None:

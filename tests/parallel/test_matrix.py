@@ -1,4 +1,4 @@
-"""The equivalence matrix: pairs and triples of axes against one process, in fp64; expert choices replayed.
+"""The equivalence matrix: pairs and triples of axes against one process, in fp64 (where no near-tie of experts flips).
 
 A modality and whole documents are absent on some ranks. `make test` runs one representative of each combination,
 `make test-full` all of them.
@@ -18,8 +18,8 @@ from polylepis.parallel.mesh import ContextConfig, MeshConfig
 from ranks import run_ranks
 from toys import ALL_ROUTED, toy
 
-# Four heads more than the other tests: two context ranks and two tensor ranks must still find whole heads.
 CONFIG = toy("M*-E", ALL_ROUTED)
+# More groups: two context ranks times two tensor ranks must still find whole ones.
 GROUPS = toy("M*-E", ALL_ROUTED, mamba=MambaConfig(d_state=6, head_dim=4, n_groups=4, chunk_size=8, routed=ALL_ROUTED))
 
 AXES: dict[str, dict[str, int]] = {
