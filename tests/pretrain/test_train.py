@@ -66,7 +66,12 @@ def test_checkpoint_continues_on_another_mesh(tmp_path: Path) -> None:
         assert lines[1][step] == pytest.approx(lines[0][step], rel=1e-5)
 
 
-@pytest.mark.parametrize("name", recipe_names())
+QUICK = ("quickstart", "mixture-of-mamba-37m", "mamba2-hybrid-800m")
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.full) for name in recipe_names()]
+)
 def test_every_recipe_runs_shrunk(name: str, tmp_path: Path) -> None:
     config = replace(shrink(load_config(name)), folder=str(tmp_path))
     run_ranks(config.mesh.tp, train, config)
