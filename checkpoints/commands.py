@@ -1,4 +1,4 @@
-"""`polylepis convert`: a run's newest checkpoint in Hugging Face format, verified. Heavy imports wait."""
+"""`polylepis convert` and `polylepis checkpoint …`. Heavy imports wait."""
 
 from __future__ import annotations
 
@@ -48,7 +48,8 @@ def convert(
     from .hf.reference import reference_logits
     from .hf.targets import caution, choose_target
     from .hf.verify import transformers_module, verify
-    from .sharded import read_manifest, read_tensors
+    from .manifest import read_manifest
+    from .sharded import read_tensors
 
     transformers_module()
     chosen = choose_target(config, target)
@@ -112,7 +113,7 @@ def open_run(run: Path) -> tuple[Path, ModelConfig, Path, int]:
     import yaml
 
     from ..parallel.model import config_from_mapping
-    from .sharded import newest_checkpoint
+    from .manifest import newest_checkpoint
 
     checkpoint = newest_checkpoint(run / "checkpoints")
     if checkpoint is None:
@@ -141,3 +142,98 @@ def data_files(folder: Path) -> tuple[Mapping[str, Any] | None, list[Path]]:
         raise CheckpointError(f"{manifest}: no vocabulary in it") from error
     tokenizer = folder / "tokenizer.model"
     return vocabulary, [*([tokenizer] if tokenizer.is_file() else []), *sorted(folder.glob("*.codec.npz"))]
+
+
+@click.group()
+def checkpoint() -> None:
+    """Look into checkpoints, compare, verify and prune them.
+
+    PATH is a checkpoint folder, or a run folder for its newest finished checkpoint.
+    """
+
+
+@checkpoint.command()
+@click.argument("path", type=click.Path(path_type=Path))
+@click.option("--tensors", is_flag=True, help="List every logical tensor of the model.")
+def inspect(path: Path, tensors: bool) -> None:
+    """Step, sizes, versions and logical tensors of a checkpoint, from its manifest."""
+    from math import prod
+
+    from .manifest import find_checkpoint, read_manifest
+
+    found = find_checkpoint(path)
+    manifest = read_manifest(found)
+    model = {n: t for n, t in manifest["tensors"].items() if not n.startswith("optimizer.")}
+    size = sum(file["bytes"] for file in manifest.get("files", {}).values())
+    rows = {
+        "checkpoint": found,
+        "step": manifest["step"],
+        "parameters": f"{sum(prod(t['shape']) for t in model.values()):,} in {len(model)} logical tensors",
+        "files": f"{len(manifest.get('files', {}))}, {size / 1e6:,.1f} MB (weights and both moments)",
+        "written by": f"torch {manifest['torch']}",
+    }
+    for name, value in rows.items():
+        click.echo(f"{name:<11} {value}")
+    for name, tensor in model.items() if tensors else ():
+        click.echo(f"  {name:<60} {tensor['dtype'].removeprefix('torch.'):<10} {tuple(tensor['shape'])}")
+
+
+@checkpoint.command()
+@click.argument("path", type=click.Path(path_type=Path))
+def verify(path: Path) -> None:
+    """Read every byte back and compare it with the manifest's hashes. Exit code 1 where anything differs."""
+    from .manifest import damages, find_checkpoint, read_manifest
+
+    found = find_checkpoint(path)
+    damaged = list(damages(found))
+    for line in damaged:
+        click.echo(f"{found}: {line}", err=True)
+    if damaged:
+        raise SystemExit(1)
+    click.echo(f"{found}: whole, {len(read_manifest(found).get('files', {}))} files")
+
+
+@checkpoint.command()
+@click.argument("first", type=click.Path(path_type=Path))
+@click.argument("second", type=click.Path(path_type=Path))
+@click.option("--most", default=20, show_default=True, help="Lines to print, largest difference first.")
+def diff(first: Path, second: Path, most: int) -> None:
+    """Compare the weights of two checkpoints, whatever mesh wrote them. Exit code 1 where they differ."""
+    from .manifest import find_checkpoint
+    from .sharded import read_tensors
+
+    a, b = (read_tensors(find_checkpoint(path)) for path in (first, second))
+    absent = float("inf")
+    lines = [(absent, f"{name}: only in {first if name in a else second}") for name in a.keys() ^ b.keys()]
+    for name in a.keys() & b.keys():
+        if a[name].shape != b[name].shape:
+            lines.append((absent, f"{name}: {tuple(a[name].shape)} and {tuple(b[name].shape)}"))
+        elif not a[name].equal(b[name]):
+            relative = float((a[name].double() - b[name].double()).norm() / a[name].double().norm().clamp(min=1e-300))
+            lines.append((relative, f"{name}: differs by {relative:.1e} of its norm"))
+    for _, line in sorted(lines, reverse=True)[:most]:
+        click.echo(line)
+    click.echo(f"{len(lines)} of {len(a.keys() | b.keys())} tensors differ")
+    if lines:
+        raise SystemExit(1)
+
+
+@checkpoint.command()
+@click.argument("run", type=click.Path(path_type=Path))
+@click.option("--keep", default=2, show_default=True, help="How many of the newest to keep, at least 1.")
+@click.option("--keep-every", default=0, show_default=True, help="Also keep multiples of this many steps.")
+@click.option("--yes", is_flag=True, help="Remove; without it, only say what would go.")
+def prune(run: Path, keep: int, keep_every: int, yes: bool) -> None:
+    """Remove old checkpoints of a run."""
+    import shutil
+
+    from .manifest import complete_checkpoints, superfluous
+
+    if keep < 1 or keep_every < 0:
+        raise CheckpointError(f"need --keep ≥ 1 and --keep-every ≥ 0, got {keep} and {keep_every}")
+    if not complete_checkpoints(run / "checkpoints"):
+        raise CheckpointError(f"{run}: no finished checkpoint in {run / 'checkpoints'}")
+    for path in superfluous(run / "checkpoints", keep, keep_every):
+        click.echo(f"{'removed' if yes else 'would remove'} {path}")
+        if yes:
+            shutil.rmtree(path)

@@ -6,8 +6,6 @@ it loads on any other mesh, optimizer state included, and a reader needs no proc
 
 from __future__ import annotations
 
-import json
-import os
 import shutil
 import warnings
 from collections.abc import Mapping
@@ -24,9 +22,8 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from ..parallel.model import HybridModel
 from ..parallel.parts import named_parts, split_bank
 from .errors import CheckpointError
+from .manifest import damages, hash_file, read_manifest, superfluous, sync_folder, write_manifest
 
-FORMAT = 1
-MANIFEST = "manifest.json"
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
@@ -55,7 +52,12 @@ def optimizer_tensors(model: HybridModel, optimizer: torch.optim.Optimizer) -> d
 
 
 def save_checkpoint(
-    folder: Path, model: HybridModel, optimizer: torch.optim.Optimizer, extra: Mapping[str, Any], keep: int = 0
+    folder: Path,
+    model: HybridModel,
+    optimizer: torch.optim.Optimizer,
+    extra: Mapping[str, Any],
+    keep: int = 0,
+    keep_every: int = 0,
 ) -> Path:
     """Write `folder/step-XXXXXXXX`: aside, then the manifest, then one rename. All ranks call it.
 
@@ -63,6 +65,7 @@ def save_checkpoint(
         folder: the run's checkpoint folder.
         extra: JSON values kept in the manifest; `step` must be among them.
         keep: how many checkpoints to keep, oldest removed first; 0 keeps all.
+        keep_every: checkpoints at multiples of this many steps are kept for ever; 0 for none.
 
     Returns:
         The finished checkpoint.
@@ -75,49 +78,28 @@ def save_checkpoint(
     dist.barrier()
     tensors = model_tensors(model) | optimizer_tensors(model, optimizer)
     dcp.save(tensors, checkpoint_id=aside)
+    files = _hash_own_files(aside)
     if dist.get_rank() == 0:
-        manifest = {
-            "format": FORMAT,
-            **extra,
-            "torch": torch.__version__,
-            "tensors": {n: {"shape": list(t.shape), "dtype": str(t.dtype)} for n, t in tensors.items()},
-        }
-        with open(aside / MANIFEST, "w") as file:
-            json.dump(manifest, file, indent=1)
-            file.flush()
-            os.fsync(file.fileno())
+        described = {n: {"shape": list(t.shape), "dtype": str(t.dtype)} for n, t in tensors.items()}
+        write_manifest(aside, {**extra, "torch": torch.__version__, "files": files, "tensors": described})
         if final.exists():
             shutil.rmtree(final)
         aside.rename(final)
-        for old in complete_checkpoints(folder)[:-keep] if keep else []:
+        sync_folder(folder)
+        for old in superfluous(folder, keep, keep_every):
             shutil.rmtree(old)
     dist.barrier()
     return final
 
 
-def complete_checkpoints(folder: Path) -> list[Path]:
-    """Finished checkpoints of a run, oldest first."""
-    return sorted(path.parent for path in folder.glob(f"step-*/{MANIFEST}"))
-
-
-def newest_checkpoint(folder: Path) -> Path | None:
-    """The newest finished checkpoint, or None."""
-    return next(reversed(complete_checkpoints(folder)), None)
-
-
-def read_manifest(checkpoint: Path) -> dict[str, Any]:
-    """The manifest.
-
-    Raises:
-        CheckpointError: no manifest (an unfinished checkpoint), or one of a newer format.
-    """
-    path = checkpoint / MANIFEST
-    if not path.is_file():
-        raise CheckpointError(f"{checkpoint}: no {MANIFEST} in it, so this is not a finished checkpoint")
-    manifest = json.loads(path.read_text())
-    if manifest.get("format") != FORMAT:
-        raise CheckpointError(f"{path}: format {manifest.get('format')}, but this version reads format {FORMAT}")
-    return manifest
+def _hash_own_files(aside: Path) -> dict[str, Any]:
+    """Size and hash of every file of the checkpoint on rank 0; each rank reads back what it wrote itself."""
+    rank = dist.get_rank()
+    own = [*aside.glob(f"__{rank}_*"), *([aside / ".metadata"] if rank == 0 else [])]
+    mine = {path.name: hash_file(path) for path in sorted(own)}
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, mine)
+    return {name: value for files in everyone for name, value in files.items()}
 
 
 def load_checkpoint(
@@ -126,9 +108,11 @@ def load_checkpoint(
     """Fill model (and optimizer) in place, re-sharding to their mesh; returns the manifest. All ranks call it.
 
     Raises:
-        CheckpointError: the checkpoint holds another model; names the first tensors that differ.
+        CheckpointError: files are missing or cut, or it holds another model; names the first that differs.
     """
     manifest = read_manifest(checkpoint)
+    for damage in damages(checkpoint, content=False):
+        raise CheckpointError(f"{checkpoint}: {damage}; resume from another checkpoint")
     tensors = model_tensors(model)
     _check_same_model(checkpoint, manifest["tensors"], tensors)
     if optimizer is not None:

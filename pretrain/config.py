@@ -34,6 +34,7 @@ class TrainConfig:
         precision: of forward and backward; parameters, reductions and optimizer state are float32 always.
         checkpoint_every: steps between checkpoints (0: only at the end); the last step always makes one.
         keep: how many checkpoints to keep (0: all).
+        keep_every: checkpoints at multiples of this many steps are kept for ever (0: none).
         device: `auto` takes CUDA where there is one.
         timeout: seconds after which a collective that some rank never joined stops the run.
     """
@@ -42,6 +43,7 @@ class TrainConfig:
     precision: Literal["float32", "bfloat16"] = "float32"
     checkpoint_every: int = 1000
     keep: int = 2
+    keep_every: int = 0
     device: Literal["auto", "cpu", "cuda"] = "auto"
     timeout: float = 600.0
 

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import torch
 
-from ..checkpoints.sharded import load_checkpoint, newest_checkpoint
+from ..checkpoints.manifest import newest_checkpoint
+from ..checkpoints.sharded import load_checkpoint
 from ..data.dataset import Dataset
 from ..parallel.engines.fsdp import build_model
 from ..parallel.mesh import MeshConfig, build_mesh

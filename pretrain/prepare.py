@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from ..checkpoints.sharded import newest_checkpoint
+from ..checkpoints.manifest import newest_checkpoint, step_of
 from ..data import mock
 from ..data.dataset import Dataset
 from ..data.stream import Stream
@@ -86,7 +86,7 @@ def check_folder(config: RunConfig) -> None:
             f"or remove it"
         )
     newest = newest_checkpoint(config.checkpoints)
-    if newest is not None and int(newest.name.removeprefix("step-")) > config.train.steps:
+    if newest is not None and step_of(newest) > config.train.steps:
         raise ConfigError(
             f"train.steps: {config.train.steps}, but {config.folder} has already trained to {newest.name}"
         )

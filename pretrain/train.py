@@ -14,7 +14,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from ..checkpoints.sharded import load_checkpoint, newest_checkpoint, save_checkpoint
+from ..checkpoints.manifest import newest_checkpoint
+from ..checkpoints.sharded import load_checkpoint, save_checkpoint
 from ..data.stream import Step, Stream
 from ..parallel.engines.fsdp import build_model, gradient_norm, scale_gradients
 from ..parallel.kinds.moe import MoE
@@ -83,7 +84,9 @@ def train(config: RunConfig) -> None:
                     tracker.log(step_metrics(config, step + 1, data, losses.tolist(), norm, lr, seconds, waited))
                 if is_checkpoint_step(config, step + 1):
                     extra = {"step": step + 1, "data": stream.state_dict()}
-                    save_checkpoint(config.checkpoints, model, optimizer, extra, keep=config.train.keep)
+                    save_checkpoint(
+                        config.checkpoints, model, optimizer, extra, config.train.keep, config.train.keep_every
+                    )
 
     if tracker is not None and importlib.util.find_spec("matplotlib") and first < config.train.steps:
         plot_losses(config.path, config.model.modalities)

@@ -9,16 +9,15 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from polylepis.checkpoints.errors import CheckpointError
+from polylepis.checkpoints.manifest import complete_checkpoints, damages, newest_checkpoint, read_manifest, superfluous
 from polylepis.checkpoints.sharded import (
-    complete_checkpoints,
     load_checkpoint,
     model_tensors,
-    newest_checkpoint,
     optimizer_tensors,
-    read_manifest,
     read_tensors,
     save_checkpoint,
 )
+from polylepis.launch.cli import main
 from polylepis.parallel.engines.fsdp import build_model
 from polylepis.parallel.layout import Layout
 from polylepis.parallel.mesh import MeshConfig, build_mesh
@@ -129,3 +128,76 @@ def test_refuses_a_newer_format(tmp_path: Path) -> None:
     (tmp_path / "manifest.json").write_text('{"format": 99}')
     with pytest.raises(CheckpointError, match="format 99, but this version reads format 1"):
         read_manifest(tmp_path)
+
+
+def test_a_flipped_bit_is_found(
+    saved: tuple[Path, dict[str, torch.Tensor]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkpoint = newest_checkpoint(saved[0])
+    assert checkpoint is not None
+    assert list(damages(checkpoint)) == []
+    assert main(["checkpoint", "verify", str(checkpoint)]) == 0
+    assert set(read_manifest(checkpoint)["files"]) == {".metadata", *(f"__{rank}_0.distcp" for rank in range(4))}
+    victim = checkpoint / "__2_0.distcp"
+    data = bytearray(victim.read_bytes())
+    data[len(data) // 2] ^= 1
+    try:
+        victim.write_bytes(data)
+        assert main(["checkpoint", "verify", str(checkpoint)]) == 1
+        assert "__2_0.distcp: its content has changed since it was written" in capsys.readouterr().err
+        victim.write_bytes(data[:-1])
+        assert [line.split(":")[0] for line in damages(checkpoint)] == ["__2_0.distcp"]
+        victim.unlink()
+        assert list(damages(checkpoint)) == ["__2_0.distcp: is missing"]
+    finally:
+        data[len(data) // 2] ^= 1
+        victim.write_bytes(data)
+
+
+def test_what_is_superfluous(tmp_path: Path) -> None:
+    for step in (10, 15, 20, 25, 30):
+        (tmp_path / f"step-{step:08d}").mkdir()
+        (tmp_path / f"step-{step:08d}" / "manifest.json").touch()
+    assert [int(p.name[5:]) for p in superfluous(tmp_path, keep=2, keep_every=0)] == [10, 15, 20]
+    assert [int(p.name[5:]) for p in superfluous(tmp_path, keep=2, keep_every=10)] == [15]
+    assert superfluous(tmp_path, keep=0, keep_every=0) == []
+
+
+def test_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run_ranks(1, train_and_save, MESHES[0], tmp_path / "checkpoints", (1, 2, 3), 0)
+    assert main(["checkpoint", "inspect", str(tmp_path), "--tensors"]) == 0
+    text = capsys.readouterr().out
+    assert "step        3" in text and "layers.3.mixer.up_proj.weight.experts.2" in text
+    first, last = (str(tmp_path / "checkpoints" / f"step-0000000{n}") for n in (1, 3))
+    assert main(["checkpoint", "diff", last, str(tmp_path)]) == 0
+    assert capsys.readouterr().out.startswith("0 of ")
+    assert main(["checkpoint", "diff", first, last]) == 1
+    assert "of its norm" in capsys.readouterr().out
+    assert main(["checkpoint", "prune", str(tmp_path), "--keep", "1"]) == 0
+    assert capsys.readouterr().out.count("would remove") == 2
+    assert main(["checkpoint", "prune", str(tmp_path), "--keep", "1", "--yes"]) == 0
+    assert [path.name for path in complete_checkpoints(tmp_path / "checkpoints")] == ["step-00000003"]
+    assert main(["checkpoint", "prune", str(tmp_path), "--keep", "0"]) == 2
+    assert main(["checkpoint", "inspect", str(tmp_path / "nothing")]) == 2
+    assert "neither a finished checkpoint nor a run folder" in capsys.readouterr().err
+
+
+def save_slowly(folder: Path) -> None:
+    """Save, but never come to the manifest: the process dies in the middle, as a killed job does."""
+    import os
+
+    from polylepis.checkpoints import sharded
+
+    model, optimizer = model_and_optimizer(MESHES[0], seed=1)
+    save_checkpoint(folder, model, optimizer, {"step": 1, "data": {"n": 1}})
+    sharded.write_manifest = lambda *args: os._exit(9)  # type: ignore[assignment]
+    step(model, optimizer)
+    save_checkpoint(folder, model, optimizer, {"step": 2, "data": {"n": 2}})
+
+
+def test_killed_while_saving_leaves_the_last_one_whole(tmp_path: Path) -> None:
+    with pytest.raises(AssertionError, match="rank 0 died without an answer"):
+        run_ranks(1, save_slowly, tmp_path)
+    newest = newest_checkpoint(tmp_path)
+    assert newest == tmp_path / "step-00000001"
+    assert list(damages(newest)) == []

@@ -112,4 +112,5 @@ def test_train_through_torchrun(tmp_path: Path) -> None:
     (folder / "checkpoints" / "step-00000002" / "__0_0.distcp").write_bytes(b"")
     broken = run("train", str(folder), "train.steps=3", cwd=tmp_path)
     assert broken.returncode == 2
+    assert "__0_0.distcp: has 0 bytes, but was written with " in broken.stderr
     assert "polylepis: train stopped: rank" in broken.stderr

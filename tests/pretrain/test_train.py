@@ -11,7 +11,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from polylepis.checkpoints.sharded import newest_checkpoint, read_manifest, read_tensors
+from polylepis.checkpoints.manifest import newest_checkpoint, read_manifest
+from polylepis.checkpoints.sharded import read_tensors
 from polylepis.parallel.mesh import ContextConfig
 from polylepis.pretrain.config import RunConfig, load_config, recipe_names
 from polylepis.pretrain.errors import ConfigError
