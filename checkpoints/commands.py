@@ -26,16 +26,26 @@ if TYPE_CHECKING:
 )
 @click.option("--dtype", type=click.Choice(["float32", "bfloat16"]), default="float32", show_default=True)
 @click.option("--max-shard-size", default="2GB", show_default=True, help="Of one weight file.")
+@click.option(
+    "--modality", help="Export what this modality's tokens see (text, say): a dense model, its code unneeded."
+)
 @click.option("--force", is_flag=True, help="Replace a folder that exists.")
 def convert(
-    run: Path, to: str, out: Path | None, target: str | None, dtype: str, max_shard_size: str, force: bool
+    run: Path,
+    to: str,
+    out: Path | None,
+    target: str | None,
+    dtype: str,
+    max_shard_size: str,
+    modality: str | None,
+    force: bool,
 ) -> None:
     """Convert the newest checkpoint of RUN, load the result with transformers and compare it with our model.
 
     The command fails, and says why, if transformers computes anything else than we do; export_report.json in the
     folder has the numbers.
     """
-    out = out or run / "hf"
+    out = out or run / ("hf" if modality is None else f"hf-{modality}")
     checkpoint, config, data, context = open_run(run)
     if out.exists() and not force:
         raise CheckpointError(f"{out} exists already; give --force to replace it, or another folder with --out")
@@ -50,13 +60,20 @@ def convert(
     from .hf.verify import transformers_module, verify
     from .manifest import read_manifest
     from .sharded import read_tensors
+    from .transforms import Rule, select_modality, transform
 
     transformers_module()
+    rules: list[Rule] = []
+    if modality is not None:
+        config, rules = select_modality(config, modality)
     chosen = choose_target(config, target)
     if warning := caution(config, chosen):
         click.echo(f"beware: {warning}", err=True)
     vocabulary, files = data_files(data)
-    tensors = read_tensors(checkpoint)
+    known = vocabulary is not None
+    if modality is not None:
+        vocabulary = None  # a dense model derives nothing from the other modalities' ranges
+    tensors = dict(transform(rules, read_tensors(checkpoint).items()))
     stored = getattr(torch, dtype)
     facts = {"run": run.name, "step": read_manifest(checkpoint).get("step", "unknown")}
     export(
@@ -79,7 +96,7 @@ def convert(
     finally:
         if alone and dist.is_initialized():
             dist.destroy_process_group()
-    _print_table(report, {"folder": out, "from": checkpoint}, vocabulary is not None, data, dtype)
+    _print_table(report, {"folder": out, "from": checkpoint}, known, data, dtype)
 
 
 def _print_table(report: Mapping[str, Any], rows: dict[str, Any], complete: bool, data: Path, dtype: str) -> None:

@@ -18,6 +18,7 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.fsdp import FSDPModule
 
 from ..parallel.model import HybridModel
 from ..parallel.parts import named_parts, split_bank
@@ -29,6 +30,9 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 def model_tensors(model: HybridModel) -> dict[str, Tensor]:
     """Every logical tensor of the model, sharing its memory: parameters by entry, then persistent buffers."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()  # after a forward without backward the root still holds gathered copies
     tensors: dict[str, Tensor] = {}
     for name, parameter, part in named_parts(model):
         tensors.update(split_bank(parameter.detach(), part, name))

@@ -56,6 +56,15 @@ def call(*arguments: str | Path) -> Result:
     return CliRunner().invoke(convert, [str(a) for a in arguments])
 
 
+def test_one_modality_exports_as_a_library_model(run: Path) -> None:
+    result = call(run, "--to", "hf", "--modality", "text")
+    assert result.exit_code == 0, result.output
+    report = json.loads((run / "hf-text" / "export_report.json").read_text())
+    assert report["passed"] and report["class"] in ("NemotronHForCausalLM", "PolylepisForCausalLM")
+    assert not list((run / "hf-text").glob("*.part"))
+    assert isinstance(call(run, "--to", "hf", "--modality", "smell").exception, CheckpointError)
+
+
 def test_a_run_is_converted_and_verified(run: Path) -> None:
     result = call(run, "--to", "hf")
     assert result.exit_code == 0, result.output + repr(result.exception)
