@@ -9,7 +9,7 @@ import numpy as np
 
 from .codecs import Codec
 from .errors import DataError
-from .tokenizer import TextTokenizer
+from .tokenizer import Tokenizer
 from .vocabulary import Vocabulary
 
 Content = str | Sequence[int] | np.ndarray
@@ -26,7 +26,7 @@ class Composer:
     """
 
     vocabulary: Vocabulary
-    tokenizer: TextTokenizer
+    tokenizer: Tokenizer
     codecs: Mapping[str, Codec]
 
     def span(self, modality: str, content: Content) -> np.ndarray:

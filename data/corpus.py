@@ -21,7 +21,7 @@ import numpy as np
 
 from .codecs import LogMelKMeans, PatchKMeans
 from .compose import Composer, Span
-from .dataset import TOKENIZER, Dataset, codec_file, fingerprints, write_manifest
+from .dataset import Dataset, codec_file, fingerprints, write_manifest
 from .errors import DataError
 from .folders import check_target, install
 from .index import ShardIndex
@@ -227,7 +227,7 @@ def _build(
     voice = LogMelKMeans.train([waves[i] for i in kept[::6]], rate=RATE, n_codes=settings.voice_codes, seed=seed)
     vocabulary = Vocabulary(("text", "image", "voice"), (tokenizer.vocab_size, image.vocab_size, voice.vocab_size))
     composer = Composer(vocabulary, tokenizer, {"image": image, "voice": voice})
-    tokenizer.save(folder / TOKENIZER)
+    tokenizer.save(folder / tokenizer.file)
     image.save(folder / codec_file("image"))
     voice.save(folder / codec_file("voice"))
     marks = fingerprints(vocabulary, tokenizer, composer.codecs)
@@ -235,7 +235,7 @@ def _build(
     for split, held in (("train", False), ("heldout", True)):
         say(f"writing split {split}")
         samples = [
-            *_text_samples(composer, settings, sections, np.flatnonzero(held_text == held)),
+            *_text_samples(composer, tokenizer, settings, sections, np.flatnonzero(held_text == held)),
             *_digit_samples(composer, settings, images, digits, waves, np.flatnonzero(held_digit == held), held),
         ]
         # Shuffled once, so that also a reader that streams the tars in order meets all kinds.
@@ -255,17 +255,21 @@ def _build(
 
 
 def _text_samples(
-    composer: Composer, settings: QuickstartConfig, sections: list[tuple[str, str]], chosen: np.ndarray
+    composer: Composer,
+    tokenizer: TextTokenizer,
+    settings: QuickstartConfig,
+    sections: list[tuple[str, str]],
+    chosen: np.ndarray,
 ) -> Iterator[Sample]:
     for i in chosen:
         topic, text = sections[i]
-        for n, piece in enumerate(split_text(composer.tokenizer, text, settings.max_document - 2)):
+        for n, piece in enumerate(split_text(tokenizer, text, settings.max_document - 2)):
             yield Sample(
                 key=f"text-{i:04d}-{n}",
                 kind="text",
                 tokens=composer.document([("text", piece)]),
                 spans=[("text", len(piece))],
-                text=composer.tokenizer.decode(piece),
+                text=tokenizer.decode(piece),
                 meta={"topic": topic},
             )
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,15 +13,15 @@ import numpy as np
 
 from .codecs import Codec, load_codec
 from .compose import Composer
-from .errors import DataError
+from .errors import BadSampleError, DataError
 from .files import sha256_file, write_atomic
-from .index import BLOCK, ShardIndex, index_path, read_groups, scan_shard
+from .index import BLOCK, ShardIndex, TextReading, index_path, scan_shard
+from .remote import RemoteFolder, RemoteShards, is_url
 from .shards import ShardFiles
-from .tokenizer import TextTokenizer
+from .tokenizer import TOKENIZER_FILES, Tokenizer, load_tokenizer
 from .vocabulary import Vocabulary
 
 MANIFEST = "manifest.json"
-TOKENIZER = "tokenizer.model"
 MANIFEST_VERSION = 1
 
 
@@ -41,6 +41,8 @@ class Split:
         modality_lengths: int64 [n, M], summing to `lengths`.
         shard: int64 [n]; span_offset, span_bytes, token_offset, token_bytes int64 [n]; token_crc32 uint32 [n].
         files: the shards.
+        root: folder or URL of the data set.
+        encode: for adopted tars, whose "tokens" are text: text -> document.
     """
 
     name: str
@@ -54,9 +56,20 @@ class Split:
     token_bytes: np.ndarray
     token_crc32: np.ndarray
     files: ShardFiles = field(repr=False)
+    root: str = ""
+    encode: Callable[[str], np.ndarray] | None = field(default=None, repr=False)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Workers open the data set again: its indices are in the page cache, not in a pipe."""
+        return _reopen, (self.root, self.name)
 
     def __len__(self) -> int:
         return len(self.keys)
+
+    def where(self, sample: int) -> str:
+        """Shard, key and offset of a sample, for messages."""
+        name = self.files.names[int(self.shard[sample])]
+        return f"{name}: {self.key(sample)!r} at offset {self.token_offset[sample]}"
 
     def key(self, sample: int) -> str:
         """The sample's key."""
@@ -72,23 +85,45 @@ class Split:
             int(self.token_crc32[sample]),
             self.key(sample),
         )
-        return np.frombuffer(data, dtype=f"<u{size // int(self.lengths[sample])}").astype(np.int64)
+        length = int(self.lengths[sample])
+        if self.encode is None:
+            return np.frombuffer(data, dtype=f"<u{size // length}").astype(np.int64)
+        tokens = self.encode(data.decode())
+        if len(tokens) != length:
+            raise BadSampleError(
+                "undecodable",
+                f"{self.where(sample)} gives {len(tokens)} tokens, the index says {length}: it was made with another "
+                "tokenizer; make it again with: polylepis data index",
+            )
+        return tokens
 
     def members(self, sample: int) -> dict[str, bytes]:
-        """All members of a sample by extension ("json", "tokens.npy", "png", …), in one read."""
-        import io
+        """All members of a sample by extension ("json", "tokens.npy", "png", …), in one read.
 
-        offset, size = int(self.span_offset[sample]), int(self.span_bytes[sample])
+        Raises:
+            BadSampleError: what lies there are no members of this sample.
+        """
+        start, size = int(self.span_offset[sample]), int(self.span_bytes[sample])
         shard = int(self.shard[sample])
-        span = self.files.read(shard, offset, size)
-        # The span alone is an archive without its end; two zero blocks complete it.
-        archive = span + bytes(2 * BLOCK)
-        (group,) = read_groups(io.BytesIO(archive), len(archive), self.files.paths[shard].name)
-        return {member.extension: archive[member.offset : member.offset + member.size] for member in group}
+        span = self.files.read(shard, start, size)
+        members: dict[str, bytes] = {}
+        at = 0
+        # The scan that made the index has judged every header; here their sums need not be checked once more.
+        while at < size:
+            name = span[at : at + 100].partition(b"\0")[0].rpartition(b"/")[2]
+            digits = span[at + 124 : at + 136].strip(b" \0")
+            extension = name.partition(b".")[2]
+            if not extension or not digits.isdigit() or span[at + 257 : at + 262] != b"ustar":
+                raise BadSampleError("corrupt", f"{self.where(sample)}: no tar header at offset {start + at}")
+            length = int(digits, 8)
+            members[extension.decode()] = span[at + BLOCK : at + BLOCK + length]
+            at += BLOCK + -(-length // BLOCK) * BLOCK
+        return members
 
     def meta(self, sample: int) -> dict[str, Any]:
-        """The sample's `json` member: kind, digit, caption, spans, lengths, …"""
-        return json.loads(self.members(sample)["json"])
+        """The sample's `json` member: kind, digit, caption, spans, lengths, …; documents of a block share theirs."""
+        members = self.members(sample)
+        return {"kind": "text", **json.loads(members["json"])} if "json" in members else {"kind": "text"}
 
 
 @dataclass
@@ -107,7 +142,7 @@ class Dataset:
     manifest: dict[str, Any]
     identity: str
     vocabulary: Vocabulary
-    tokenizer: TextTokenizer
+    tokenizer: Tokenizer
     codecs: dict[str, Codec]
     splits: dict[str, Split]
 
@@ -137,25 +172,38 @@ class Dataset:
                 shard that is missing, truncated, foreign (its index tells of another tar, or other vocabularies, or
                 the manifest does not list it) or without index.
         """
-        root = Path(path)
+        remote = RemoteFolder(str(path)) if is_url(path) else None
+        root = remote.local if remote else Path(path)
+        if remote:
+            remote.fetch(MANIFEST, fresh=True)
         manifest, identity = read_manifest(root)
+        if remote:
+            for file, entry in manifest["files"].items():
+                remote.fetch(file, size=entry["bytes"], sha256=entry["sha256"])
         vocabulary = Vocabulary.from_json(manifest["vocabulary"])
+        tokenizer_file = find_tokenizer(root, manifest)
         expected: dict[str, str] = manifest["fingerprints"]
-        tokenizer = TextTokenizer.load(root / TOKENIZER)
+        tokenizer = load_tokenizer(root / tokenizer_file)
         codecs: dict[str, Codec] = {m: load_codec(root / codec_file(m)) for m in vocabulary.modalities[1:]}
         found = fingerprints(vocabulary, tokenizer, codecs)
         for name, value in found.items():
             if expected.get(name) != value:
-                file = "vocabulary" if name == "vocabulary" else TOKENIZER if name == "text" else codec_file(name)
+                file = "vocabulary" if name == "vocabulary" else tokenizer_file if name == "text" else codec_file(name)
                 raise DataError(
                     f"{root / file}: fingerprint {value[:12]} differs from {str(expected.get(name))[:12]} in the "
                     "manifest: the shards were made with another one; restore it or build the data set again"
                 )
         listed = {shard["name"] for shards in manifest["splits"].values() for shard in shards}
-        stray = sorted(tar.name for tar in root.glob("*.tar") if tar.name not in listed)
+        stray = [] if remote else sorted(tar.name for tar in root.glob("*.tar") if tar.name not in listed)
         if stray:
             raise DataError(f"{root / stray[0]} is not in the manifest: a foreign shard; move it out of the folder")
-        splits = {name: _open_split(root, name, shards, expected) for name, shards in manifest["splits"].items()}
+        splits = {
+            name: _open_split(root, name, shards, expected, remote) for name, shards in manifest["splits"].items()
+        }
+        if "text" in manifest:
+            compose = Composer(vocabulary, tokenizer, codecs)
+            for split in splits.values():
+                split.encode = lambda text: compose.document([("text", text)])
         return cls(root, manifest, identity, vocabulary, tokenizer, codecs, splits)
 
     def validate(self) -> Iterator[tuple[str, int]]:
@@ -176,7 +224,10 @@ class Dataset:
             start = 0
             for shard in shards:
                 tar = self.path / shard["name"]
-                stored, scanned = ShardIndex.load(index_path(tar)), scan_shard(tar)
+                if isinstance(split.files, RemoteShards):
+                    split.files.folder.fetch(shard["name"], size=shard["bytes"], sha256=shard["sha256"])
+                scanned = scan_shard(tar, reading=text_reading(self.manifest, self.composer, split_name))
+                stored = ShardIndex.load(index_path(tar))
                 _compare(tar, stored, scanned)
                 if scanned.header["sha256"] != shard["sha256"]:
                     raise DataError(f"{tar}: sha256 differs from the manifest: the shard was changed")
@@ -198,12 +249,35 @@ class Dataset:
         if not np.array_equal(counts, split.modality_lengths[sample]):
             raise DataError(f"{where}: tokens per modality {counts.tolist()} differ from the index")
         spans = self.composer.spans(tokens)
-        if [name for name, _ in spans] != [name for name, _ in meta["spans"]]:
+        if "spans" in meta and [name for name, _ in spans] != [name for name, _ in meta["spans"]]:
             raise DataError(f"{where}: spans {[name for name, _ in spans]} differ from those in its json")
         self.composer.decode(tokens)
 
 
-def fingerprints(vocabulary: Vocabulary, tokenizer: TextTokenizer, codecs: Mapping[str, Codec]) -> dict[str, str]:
+def find_tokenizer(root: Path, manifest: Mapping[str, Any]) -> str:
+    """Name of the tokenizer's file that a manifest lists; DataError when it lists none."""
+    for name in TOKENIZER_FILES:
+        if name in manifest["files"]:
+            return name
+    raise DataError(f"{root / MANIFEST} lists no tokenizer ({' or '.join(TOKENIZER_FILES)})")
+
+
+def text_reading(manifest: Mapping[str, Any], composer: Composer, split: str) -> TextReading | None:
+    """How the tars of an adopted data set are read; None for one whose shards hold tokens."""
+    text = manifest.get("text")
+    if text is None:
+        return None
+    return TextReading(
+        extension=text["extension"],
+        max_tokens=text["max_tokens"],
+        split=split,
+        fingerprints=manifest["fingerprints"],
+        modalities=composer.vocabulary.modalities,
+        encode=composer.tokenizer.encode,
+    )
+
+
+def fingerprints(vocabulary: Vocabulary, tokenizer: Tokenizer, codecs: Mapping[str, Codec]) -> dict[str, str]:
     """Name -> fingerprint of all that gives tokens their meaning."""
     return {
         "vocabulary": vocabulary.fingerprint,
@@ -237,8 +311,12 @@ def write_manifest(
     provenance: Mapping[str, Any],
     composer: Composer,
     splits: Mapping[str, list[ShardIndex]],
+    text: Mapping[str, Any] | None = None,
 ) -> None:
-    """Writes manifest.json, the last file of a build: a folder without it is no data set."""
+    """Writes manifest.json, the last file of a build: a folder without it is no data set.
+
+    `text` says how adopted tars are read; see `TextReading`.
+    """
     shards = {
         split: [
             {
@@ -254,7 +332,7 @@ def write_manifest(
         ]
         for split, indices in splits.items()
     }
-    names = [TOKENIZER, *(codec_file(modality) for modality in composer.codecs)]
+    names = [composer.tokenizer.file, *(codec_file(modality) for modality in composer.codecs)]
     manifest = {
         "version": MANIFEST_VERSION,
         "name": name,
@@ -265,18 +343,27 @@ def write_manifest(
         "fingerprints": fingerprints(composer.vocabulary, composer.tokenizer, composer.codecs),
         "files": {f: {"bytes": (root / f).stat().st_size, "sha256": sha256_file(root / f)} for f in names},
         "splits": shards,
+        **({"text": dict(text)} if text is not None else {}),
     }
     write_atomic(root / MANIFEST, (json.dumps(manifest, indent=1, sort_keys=True) + "\n").encode())
 
 
-def _open_split(root: Path, name: str, shards: list[dict[str, Any]], expected: dict[str, str]) -> Split:
+def _open_split(
+    root: Path, name: str, shards: list[dict[str, Any]], expected: dict[str, str], remote: RemoteFolder | None
+) -> Split:
     """Loads the indices of one split and checks them against manifest and files."""
     indices = []
     for shard in shards:
         tar = root / shard["name"]
-        if not tar.is_file():
+        if remote:
+            size = remote.size(shard["name"])
+            file = remote.fetch(index_path(tar).name)
+            if ShardIndex.load(file).header["sha256"] != shard["sha256"]:
+                remote.fetch(file.name, fresh=True)
+        elif not tar.is_file():
             raise DataError(f"shard {tar} is missing")
-        size = tar.stat().st_size
+        else:
+            size = tar.stat().st_size
         if size != shard["bytes"]:
             what = "truncated" if size < shard["bytes"] else "foreign or changed"
             raise DataError(f"shard {tar} is {what}: {size} bytes, the manifest says {shard['bytes']}")
@@ -305,8 +392,13 @@ def _open_split(root: Path, name: str, shards: list[dict[str, Any]], expected: d
         token_offset=join("token_offset"),
         token_bytes=join("token_bytes"),
         token_crc32=join("token_crc32"),
-        files=ShardFiles([root / shard["name"] for shard in shards]),
+        files=RemoteShards(remote, shards) if remote else ShardFiles([root / shard["name"] for shard in shards]),
+        root=remote.url if remote else str(root),
     )
+
+
+def _reopen(root: str, split: str) -> Split:
+    return Dataset.open(root).split(split)
 
 
 def _compare(tar: Path, stored: ShardIndex, scanned: ShardIndex) -> None:

@@ -1,4 +1,4 @@
-"""The one exception of this room for mistakes that a user can correct."""
+"""The exceptions of this room: mistakes that a user can correct, and samples that a run can do without."""
 
 
 class DataError(ValueError):
@@ -9,3 +9,17 @@ class DataError(ValueError):
     """
 
     exit_code = 2
+
+
+class BadSampleError(DataError):
+    """One sample cannot be read as its index says; a stream may put it into quarantine and go on.
+
+    Attributes:
+        reason: one of `REASONS`.
+    """
+
+    REASONS = ("unreadable", "truncated", "corrupt", "undecodable")
+
+    def __init__(self, reason: str, message: str) -> None:
+        super().__init__(message)
+        self.reason = reason

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from .dataset import MANIFEST, TOKENIZER, Dataset, codec_file, read_manifest
+from .dataset import MANIFEST, Dataset, codec_file, read_manifest
 from .errors import DataError
 from .files import fsync_folder
 
@@ -65,10 +65,10 @@ def _refuse_strangers(target: Path) -> None:
     if not (target / MANIFEST).is_file():
         raise DataError(f"{target} is not empty and holds no {MANIFEST}; it is left alone: give another folder")
     manifest, _ = read_manifest(target)
-    known = {MANIFEST, TOKENIZER, *(codec_file(modality) for modality in manifest.get("modalities", []))}
+    known = {MANIFEST, *manifest["files"], *(codec_file(modality) for modality in manifest.get("modalities", []))}
     for shards in manifest["splits"].values():
         for shard in shards:
-            known |= {shard["name"], shard["name"] + ".idx.npz"}
+            known |= {shard["name"], shard["name"] + ".idx.npz", shard["name"] + ".idx"}
     strangers = sorted(entry.name for entry in target.iterdir() if entry.name not in known)
     if strangers:
         raise DataError(f"{target} also holds {strangers[0]!r}, which no build wrote; move it away first")

@@ -9,12 +9,11 @@ from __future__ import annotations
 import io
 import json
 import tarfile
-import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, ClassVar
+from typing import Any, BinaryIO, ClassVar, NamedTuple
 
 import numpy as np
 
@@ -53,6 +52,10 @@ class ShardIndex:
         token_offset, token_bytes: int64 [n], the token ids alone (after the .npy header).
         token_crc32: uint32 [n], of those bytes.
         lengths: int64 [n] tokens of the document; modality_lengths: int64 [n, M], summing to it.
+        starts: int64 [groups + 1], where each group of members begins and the last ends; known after a scan only.
+
+    A document is a sample of its own, or one of many in a block ("KEY/17" is the 17th of block KEY): then they share
+    the span, and have their own token offsets.
     """
 
     header: dict[str, Any]
@@ -64,6 +67,7 @@ class ShardIndex:
     token_crc32: np.ndarray
     lengths: np.ndarray
     modality_lengths: np.ndarray
+    starts: np.ndarray | None = None
 
     _ARRAYS: ClassVar[tuple[str, ...]] = (
         "keys",
@@ -96,16 +100,60 @@ class ShardIndex:
             with np.load(path, allow_pickle=False) as archive:
                 header = json.loads(archive["header"].tobytes())
                 arrays = {name: archive[name] for name in cls._ARRAYS}
-        except (OSError, KeyError, ValueError, zipfile.BadZipFile, zlib.error) as error:
-            raise DataError(f"index {path} is damaged ({error}){hint}") from error
+            problem = None if isinstance(header, dict) else "its header is no table"
+        except Exception as error:  # damaged bytes make zipfile, zlib, json and NumPy raise almost anything
+            raise DataError(f"index {path} is damaged ({type(error).__name__}: {error}){hint}") from error
+        if problem:
+            raise DataError(f"index {path} is damaged ({problem}){hint}")
         if header.get("version") != INDEX_VERSION:
             raise DataError(f"index {path} has version {header.get('version')}, this reads {INDEX_VERSION}{hint}")
+        problem = _contradiction(header, arrays)
+        if problem:
+            raise DataError(f"index {path} is damaged ({problem}){hint}")
         return cls(header=header, **arrays)
+
+
+def _contradiction(header: dict[str, Any], arrays: dict[str, np.ndarray]) -> str | None:
+    """Why these cannot be an index, or None."""
+    needed = {"tar": str, "bytes": int, "sha256": str, "modalities": list, "fingerprints": dict, "split": str}
+    for name, kind in needed.items():
+        if not isinstance(header.get(name), kind):
+            return f"its header lacks {name}"
+    keys, n = arrays["keys"], len(arrays["lengths"]) if arrays["lengths"].ndim == 1 else -1
+    if keys.ndim != 1 or keys.dtype.kind != "S" or len(keys) != n or n < 1:
+        return "keys and lengths do not match"
+    for name, array in arrays.items():
+        shape = (n, len(header["modalities"])) if name == "modality_lengths" else (n,)
+        dtype = keys.dtype if name == "keys" else np.dtype(np.uint32 if name == "token_crc32" else np.int64)
+        if array.shape != shape or array.dtype != dtype:
+            return f"{name} is {array.dtype} {list(array.shape)}"
+        if array.dtype == np.int64 and (array.min() < 0 or array.max() > max(header["bytes"], 0)):
+            return f"{name} points outside the tar"
+    if not np.array_equal(arrays["modality_lengths"].sum(axis=1), arrays["lengths"]) or arrays["lengths"].min() < 1:
+        return "tokens per modality do not add up to the lengths"
+    inside = (arrays["span_offset"] <= arrays["token_offset"]) & (
+        arrays["token_offset"] + arrays["token_bytes"] <= arrays["span_offset"] + arrays["span_bytes"]
+    )
+    if not inside.all():
+        return f"the tokens of row {int(np.argmin(inside))} lie outside their sample"
+    return None
 
 
 def index_path(tar: Path) -> Path:
     """`x.tar` -> `x.tar.idx.npz`."""
     return tar.with_name(tar.name + ".idx.npz")
+
+
+def energon_path(tar: Path) -> Path:
+    """`x.tar` -> `x.tar.idx`, the file in which Energon looks for sample offsets."""
+    return tar.with_name(tar.name + ".idx")
+
+
+def save_energon(path: Path, index: ShardIndex) -> None:
+    """Writes Energon's index: native uint64 offsets of every sample, and of the end of the last."""
+    if index.starts is None:
+        raise DataError(f"{path}: only a scanned index knows where all samples begin")
+    write_atomic(path, index.starts.astype(np.uint64).tobytes())
 
 
 def read_members(file: BinaryIO, size: int, name: str) -> Iterator[Member]:
@@ -125,8 +173,10 @@ def read_members(file: BinaryIO, size: int, name: str) -> Iterator[Member]:
             break
         try:
             info = tarfile.TarInfo.frombuf(block, "utf-8", "strict")
-        except (tarfile.HeaderError, UnicodeDecodeError) as error:
+        except (tarfile.HeaderError, ValueError) as error:
             raise DataError(f"{name}: bad tar header at offset {offset} ({error})") from error
+        if info.size < 0:
+            raise DataError(f"{name}: bad tar header at offset {offset} (a size of {info.size})")
         if info.type not in (tarfile.REGTYPE, tarfile.AREGTYPE):
             raise DataError(f"{name}: member {info.name!r} at offset {offset} has type {info.type!r}; only plain files")
         folder, slash, base = info.name.rpartition("/")
@@ -176,16 +226,48 @@ def read_groups(file: BinaryIO, size: int, name: str) -> Iterator[list[Member]]:
         yield group
 
 
-def scan_shard(path: Path, *, name: str | None = None) -> ShardIndex:
+@dataclass(frozen=True)
+class TextReading:
+    """How the documents of foreign tars are made: from their text members, tokenised when they are read.
+
+    Attributes:
+        extension: of the member that holds the text, UTF-8.
+        max_tokens: documents are cut between words so that none is longer, bos and eos included.
+        split: of the data set.
+        fingerprints: of vocabulary, tokenizer and codecs.
+        modalities: of the vocabulary; the documents are of the first.
+        encode: text -> ids without bos and eos.
+    """
+
+    extension: str
+    max_tokens: int
+    split: str
+    fingerprints: dict[str, str]
+    modalities: tuple[str, ...]
+    encode: Callable[[str], list[int]]
+
+
+class _Document(NamedTuple):
+    """One row: key, offset, size and crc32 of the token (or text) bytes, tokens by modality."""
+
+    key: bytes
+    offset: int
+    size: int
+    crc32: int
+    counts: list[int]
+
+
+def scan_shard(path: Path, *, name: str | None = None, reading: TextReading | None = None) -> ShardIndex:
     """Indexes a tar from its own bytes.
 
     Args:
         path: the tar.
         name: what messages and the index call it (default: the file's name); a `.part` file gets its final name.
+        reading: how to read a foreign tar; None for one of ours.
 
     Raises:
-        DataError: as `read_groups`; and samples without `json` or `tokens.npy`, whose lengths disagree, or that were
-            made with different vocabularies.
+        DataError: as `read_groups`; and samples without `json` and `tokens.npy` (or `tok.npy` and `off.npy`), whose
+            lengths disagree, or that were made with different vocabularies.
     """
     name = name or path.name
     try:
@@ -193,75 +275,146 @@ def scan_shard(path: Path, *, name: str | None = None) -> ShardIndex:
         file = open(path, "rb", buffering=1 << 20)  # closed below
     except OSError as error:
         raise DataError(f"cannot read shard {path}: {error.strerror}") from error
-    rows: list[tuple[int, ...]] = []
-    keys: list[bytes] = []
-    lengths: list[list[int]] = []
+    spans: list[tuple[int, int]] = []
+    documents: list[_Document] = []
+    starts = [0]
     common: dict[str, Any] | None = None
     with file:
         for group in read_groups(file, size, name):
-            meta, row, token_lengths = _scan_sample(file, group, name)
-            identity = {field: meta[field] for field in ("modalities", "fingerprints", "split")}
+            start, end = group[0].header, group[-1].end
+            starts[-1:] = [start, end]
+            if reading is not None:
+                identity: dict[str, Any] = {
+                    "modalities": list(reading.modalities),
+                    "fingerprints": reading.fingerprints,
+                    "split": reading.split,
+                    "text": {"extension": reading.extension, "max_tokens": reading.max_tokens},
+                }
+                found = _scan_text(file, group, name, reading)
+            else:
+                meta, found = _scan_sample(file, group, name)
+                identity = {field: meta[field] for field in ("modalities", "fingerprints", "split")}
             if common is None:
                 common = identity
             elif identity != common:
                 raise DataError(
-                    f"{name}: key {group[0].key!r} at offset {group[0].header} was made with other vocabularies "
+                    f"{name}: key {group[0].key!r} at offset {start} was made with other vocabularies "
                     f"or for another split than the samples before it"
                 )
-            keys.append(group[0].key.encode())
-            rows.append(row)
-            lengths.append(token_lengths)
-    if common is None:
+            documents += found
+            spans += [(start, end - start)] * len(found)
+    if common is None or not documents:
         raise DataError(f"{name}: the shard holds no sample")
-    table = np.array(rows, dtype=np.int64)
+    table = np.array(spans, dtype=np.int64)
     header = {"version": INDEX_VERSION, "tar": name, "bytes": size, "sha256": sha256_file(path), **common}
+    counts = np.array([document.counts for document in documents], dtype=np.int64)
     return ShardIndex(
         header=header,
-        keys=np.array(keys),
+        keys=np.array([document.key for document in documents]),
         span_offset=table[:, 0],
         span_bytes=table[:, 1],
-        token_offset=table[:, 2],
-        token_bytes=table[:, 3],
-        token_crc32=table[:, 4].astype(np.uint32),
-        lengths=table[:, 5],
-        modality_lengths=np.array(lengths, dtype=np.int64),
+        token_offset=np.array([document.offset for document in documents], dtype=np.int64),
+        token_bytes=np.array([document.size for document in documents], dtype=np.int64),
+        token_crc32=np.array([document.crc32 for document in documents], dtype=np.uint32),
+        lengths=counts.sum(axis=1),
+        modality_lengths=counts,
+        starts=np.array(starts, dtype=np.int64),
     )
 
 
-def _scan_sample(file: BinaryIO, group: list[Member], name: str) -> tuple[dict[str, Any], tuple[int, ...], list[int]]:
-    """Metadata, index row and lengths per modality of one sample."""
+def _scan_sample(file: BinaryIO, group: list[Member], name: str) -> tuple[dict[str, Any], list[_Document]]:
+    """Metadata and documents of one sample of ours: one, or all of a block."""
     where = f"{name}: key {group[0].key!r} at offset {group[0].header}"
     members = {member.extension: member for member in group}
-    if "json" not in members or "tokens.npy" not in members:
+    block = "tok.npy" in members
+    needed = ("json", "tok.npy", "off.npy") if block else ("json", "tokens.npy")
+    if not set(needed) <= set(members):
         raise DataError(f"{where} needs members json and tokens.npy, has {', '.join(sorted(members))}")
     try:
         meta = json.loads(_payload(file, members["json"]))
         counts = [int(meta["lengths"][modality]) for modality in meta["modalities"]]
         if not isinstance(meta["fingerprints"], dict) or not isinstance(meta["split"], str):
             raise TypeError("fingerprints must be a table and split a name")
-    except (ValueError, KeyError, TypeError) as error:
+        if not isinstance(meta["modalities"], list) or not counts or min(counts) < 0:
+            raise TypeError("modalities must be a list of names with lengths")
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise DataError(f"{where}: its json lacks lengths, modalities, fingerprints or split ({error!r})") from error
-    member = members["tokens.npy"]
-    payload = _payload(file, member)
-    try:
-        tokens = np.lib.format.read_array(io.BytesIO(payload), allow_pickle=False)
-    except ValueError as error:
-        raise DataError(f"{where}: tokens.npy is no NumPy array ({error})") from error
-    if tokens.ndim != 1 or tokens.dtype not in (np.dtype("<u2"), np.dtype("<u4")):
-        raise DataError(f"{where}: tokens must be 1-D uint16 or uint32, got {tokens.dtype} {tokens.shape}")
+    member = members[needed[1]]
+    tokens = _array(_payload(file, member), f"{where}: {needed[1]}", ("<u2", "<u4"))
     if not tokens.size or tokens[0] != _BOS or sum(counts) != tokens.size:
         raise DataError(f"{where}: {tokens.size} tokens that begin with bos expected to match lengths {counts}")
-    data = payload[len(payload) - tokens.nbytes :]
-    last = group[-1]
-    row = (
-        group[0].header,
-        last.end - group[0].header,
-        member.offset + member.size - tokens.nbytes,
-        tokens.nbytes,
-        zlib.crc32(data),
-        tokens.size,
-    )
-    return meta, row, counts
+    base = member.offset + member.size - tokens.nbytes
+    if not block:
+        key = group[0].key.encode()
+        return meta, [_Document(key, base, tokens.nbytes, zlib.crc32(tokens.tobytes()), counts)]
+    ends = _array(_payload(file, members["off.npy"]), f"{where}: off.npy", ("<u4", "<u8")).astype(np.int64)
+    if len(ends) < 2 or ends[0] != 0 or ends[-1] != tokens.size or (np.diff(ends) < 1).any() or any(counts[1:]):
+        raise DataError(f"{where}: off.npy must ascend from 0 to {tokens.size}, and all tokens of a block be text")
+    if (tokens[ends[:-1]] != _BOS).any():
+        raise DataError(f"{where}: every document of a block begins with bos ({_BOS})")
+    documents, zeros, width = [], [0] * (len(counts) - 1), tokens.itemsize
+    data = tokens.tobytes()
+    for i, (a, b) in enumerate(zip(ends[:-1].tolist(), ends[1:].tolist(), strict=True)):
+        crc32 = zlib.crc32(data[a * width : b * width])
+        key = f"{group[0].key}/{i}".encode()
+        documents.append(_Document(key, base + a * width, (b - a) * width, crc32, [b - a, *zeros]))
+    return meta, documents
+
+
+def _scan_text(file: BinaryIO, group: list[Member], name: str, reading: TextReading) -> list[_Document]:
+    """The documents of one foreign sample: its text, cut where it is too long; none where it is empty."""
+    where = f"{name}: key {group[0].key!r} at offset {group[0].header}"
+    member = {member.extension: member for member in group}.get(reading.extension)
+    if member is None:
+        has = ", ".join(sorted(m.extension for m in group))
+        raise DataError(f"{where} has no member {reading.extension!r}, only {has}; name the text's with --text")
+    payload = _payload(file, member)
+    try:
+        text = payload.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{where}: {reading.extension} is not UTF-8 at byte {error.start}") from error
+    documents: list[_Document] = []
+    offset, zeros = member.offset, [0] * (len(reading.modalities) - 1)
+    for piece, count in cut_text(text, reading.max_tokens - 2, reading.encode):
+        data = piece.encode()
+        if piece.strip():
+            key = f"{group[0].key}/{len(documents)}".encode()
+            documents.append(_Document(key, offset, len(data), zlib.crc32(data), [count + 2, *zeros]))
+        offset += len(data)
+    return documents
+
+
+def cut_text(text: str, limit: int, encode: Callable[[str], list[int]]) -> Iterator[tuple[str, int]]:
+    """(piece, its tokens): successive pieces of `text`, at most `limit` tokens each, cut after spaces if possible."""
+    waiting = [text] if text else []
+    while waiting:
+        piece = waiting.pop()
+        # No tokenizer makes fewer than one token of 64 characters: do not tokenise a book to learn that it is long.
+        count = len(encode(piece)) if len(piece) <= 64 * limit else limit + 1
+        if count <= limit or len(piece) == 1:
+            yield piece, count
+            continue
+        middle = len(piece) // 2
+        space = max(piece.rfind(" ", 1, middle), piece.rfind("\n", 1, middle)) + 1
+        cut = space if space > middle // 2 else middle
+        waiting += [piece[cut:], piece[:cut]]
+
+
+def _array(payload: bytes, where: str, dtypes: tuple[str, ...]) -> np.ndarray:
+    """A 1-D array of one of `dtypes` from .npy bytes; nothing larger than the bytes is ever allocated."""
+    file = io.BytesIO(payload)
+    try:
+        version = np.lib.format.read_magic(file)
+        if version != (1, 0):
+            raise ValueError(f"version {version}")
+        shape, _, dtype = np.lib.format.read_array_header_1_0(file)
+    except Exception as error:  # the header is a Python literal: damaged ones make its parser raise almost anything
+        raise DataError(f"{where} is no NumPy array ({type(error).__name__}: {error})".replace("\n", " ")) from error
+    if len(shape) != 1 or dtype not in [np.dtype(name) for name in dtypes]:
+        raise DataError(f"{where}: tokens must be 1-D uint16 or uint32, got {dtype} {shape}")
+    if shape[0] * dtype.itemsize != len(payload) - file.tell():
+        raise DataError(f"{where}: {shape[0]} entries announced, {len(payload) - file.tell()} bytes there")
+    return np.frombuffer(payload, dtype=dtype, offset=file.tell())
 
 
 def _payload(file: BinaryIO, member: Member) -> bytes:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from .dataset import MANIFEST, Dataset, read_manifest
+from .compose import Composer
+from .dataset import MANIFEST, Dataset, find_tokenizer, read_manifest, text_reading
 from .errors import DataError
-from .index import ShardIndex, index_path, scan_shard
+from .index import ShardIndex, energon_path, index_path, save_energon, scan_shard
 from .packing import PackPlan, permute, shuffle_quality
+from .tokenizer import load_tokenizer
+from .vocabulary import Vocabulary
 
 _SHADES = " .:-=+*#%@"
 
@@ -25,16 +29,40 @@ def index_shards(shards: Sequence[Path]) -> Iterator[tuple[Path, ShardIndex]]:
     if missing:
         raise DataError(f"no such shard: {', '.join(missing)}")
     for tar in shards:
-        found = scan_shard(tar)
+        reading = None
+        listed: dict[str, dict[str, Any]] = {}
         if (tar.parent / MANIFEST).is_file():
             manifest, _ = read_manifest(tar.parent)
+            splits = {shard["name"]: split for split, entries in manifest["splits"].items() for shard in entries}
             listed = {shard["name"]: shard for entries in manifest["splits"].values() for shard in entries}
             if tar.name not in listed:
                 raise DataError(f"{tar} is not in the manifest beside it: a foreign shard; no index was written")
-            if listed[tar.name]["sha256"] != found.header["sha256"]:
-                raise DataError(f"{tar}: sha256 differs from the manifest: foreign or changed shard; no index written")
+            if "text" in manifest:
+                tokenizer = load_tokenizer(tar.parent / find_tokenizer(tar.parent, manifest))
+                composer = Composer(Vocabulary.from_json(manifest["vocabulary"]), tokenizer, {})
+                reading = text_reading(manifest, composer, splits[tar.name])
+        found = scan_shard(tar, reading=reading)
+        if listed and listed[tar.name]["sha256"] != found.header["sha256"]:
+            raise DataError(f"{tar}: sha256 differs from the manifest: foreign or changed shard; no index written")
         found.save(index_path(tar))
+        save_energon(energon_path(tar), found)
         yield tar, found
+
+
+def tree(datasets: Mapping[str, Dataset]) -> Iterator[str]:
+    """Lines of a tree: data set, splits, tokens per modality."""
+    for name, dataset in datasets.items():
+        total = sum(int(split.lengths.sum()) for split in dataset.splits.values())
+        yield f"{name}  {total:,d} tokens"
+        splits = list(dataset.splits.values())
+        for split in splits:
+            last = split is splits[-1]
+            tokens = int(split.lengths.sum())
+            yield f"{'└─' if last else '├─'} {split.name}  {tokens:,d} tokens in {len(split):,d} documents"
+            counts = dict(zip(dataset.vocabulary.modalities, split.modality_lengths.sum(axis=0).tolist(), strict=True))
+            for modality, count in counts.items():
+                end = "└─" if modality == dataset.vocabulary.modalities[-1] else "├─"
+                yield f"{'   ' if last else '│  '}{end} {modality}  {count:,d}"
 
 
 def describe(dataset: Dataset, *, seq_len: int, window: int, samples: int, seed: int) -> Iterator[str]:

@@ -24,6 +24,10 @@ class MockSplit:
     def __len__(self) -> int:
         return len(self.lengths)
 
+    def where(self, sample: int) -> str:
+        """For messages."""
+        return f"mock sample {sample}"
+
     def tokens(self, sample: int) -> np.ndarray:
         """int64 [length]: bos, a run of each modality, eos."""
         rng = np.random.default_rng([7, sample])

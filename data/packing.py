@@ -111,14 +111,23 @@ class PackPlan:
         seq_len: tokens per pack.
         window: documents per window, the radius within which packing may look; the last window may be shorter.
         seed: names the order.
+        block: 1 shuffles all documents of an epoch. More keeps that many neighbours together, for stores where reading
+            near by is cheaper: blocks are shuffled, and then the documents within each `spread` blocks.
+        spread: blocks of a shuffle window; a step then touches about so many places, and a document stays within
+            block * spread of its block.
 
     Raises:
         DataError: no documents, impossible sizes, or documents longer than seq_len (they are counted and named).
     """
 
-    def __init__(self, lengths: np.ndarray, *, seq_len: int, window: int, seed: int) -> None:
+    def __init__(
+        self, lengths: np.ndarray, *, seq_len: int, window: int, seed: int, block: int = 1, spread: int = 32
+    ) -> None:
         self.lengths = np.asarray(lengths, dtype=np.int64)
         self.seq_len, self.window, self.seed = seq_len, window, seed
+        self.block, self.spread = block, spread
+        if block < 1 or spread < 1:
+            raise DataError(f"block >= 1 and spread >= 1 are needed, got {block} and {spread}")
         if not len(self.lengths):
             raise DataError("there are no documents to pack")
         if seq_len < 2 or window < 1:
@@ -141,7 +150,31 @@ class PackPlan:
         """Samples int64 [m] of one window, in the epoch's order."""
         start = window * self.window
         positions = np.arange(start, min(start + self.window, len(self.lengths)), dtype=np.int64)
-        return permute(positions, len(self.lengths), (1, self.seed, epoch))
+        return self.order(epoch, positions)
+
+    def order(self, epoch: int, positions: np.ndarray) -> np.ndarray:
+        """The samples int64 [m] at `positions` of an epoch."""
+        n = len(self.lengths)
+        if self.block == 1:
+            return permute(positions, n, (1, self.seed, epoch))
+        reach = self.block * self.spread
+        inside = np.empty(len(positions), dtype=np.int64)
+        for window in np.unique(positions // reach).tolist():
+            here = positions // reach == window
+            size = min(reach, n - window * reach)
+            local = permute(positions[here] - window * reach, size, (4, self.seed, epoch, window))
+            inside[here] = window * reach + local
+        # Blocks in their new order; the short last one lies somewhere among them and shifts what comes after it.
+        blocks = -(-n // self.block)
+        short = n - (blocks - 1) * self.block
+        at = int(np.flatnonzero(permute(np.arange(blocks), blocks, (5, self.seed, epoch)) == blocks - 1)[0])
+        before = inside < at * self.block
+        shifted = np.where(before, inside, inside + self.block - short)
+        slot, offset = shifted // self.block, shifted % self.block
+        in_short = ~before & (inside < at * self.block + short)
+        slot = np.where(in_short, at, slot)
+        offset = np.where(in_short, inside - at * self.block, offset)
+        return permute(slot, blocks, (5, self.seed, epoch)) * self.block + offset
 
     def packs(self, epoch: int, window: int) -> list[np.ndarray]:
         """The packs of one window, each the samples int64 [k] of one row, in row order."""
@@ -174,5 +207,5 @@ def shuffle_quality(plan: PackPlan, epoch: int = 0) -> float:
     n = len(plan.lengths)
     if n < 2:
         return 1.0
-    order = permute(np.arange(n, dtype=np.int64), n, (1, plan.seed, epoch))
+    order = plan.order(epoch, np.arange(n, dtype=np.int64))
     return float(np.abs(order - np.arange(n)).mean() / ((n * n - 1) / (3 * n)))

@@ -10,7 +10,7 @@ import json
 import os
 import zlib
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -18,9 +18,9 @@ from typing import Any
 
 import numpy as np
 
-from .errors import DataError
+from .errors import BadSampleError, DataError
 from .files import fsync_folder
-from .index import ShardIndex, index_path, scan_shard
+from .index import ShardIndex, energon_path, index_path, save_energon, scan_shard
 from .vocabulary import Vocabulary
 
 
@@ -58,7 +58,8 @@ class ShardWriter:
         split: e.g. "train".
         vocabulary: table that the tokens belong to.
         fingerprints: name -> fingerprint of the vocabulary, tokenizer and codecs, stored with every sample.
-        samples_per_shard: shards are cut after this many samples.
+        samples_per_shard: shards are cut after this many documents.
+        first: number of the first shard.
 
     Raises:
         DataError: a shard of that name exists already (nothing is overwritten).
@@ -72,10 +73,11 @@ class ShardWriter:
         fingerprints: Mapping[str, str],
         *,
         samples_per_shard: int = 4096,
+        first: int = 0,
     ) -> None:
         self.folder, self.split, self.vocabulary = folder, split, vocabulary
         self.fingerprints = dict(fingerprints)
-        self.samples_per_shard = samples_per_shard
+        self.samples_per_shard, self.first = samples_per_shard, first
         self.indices: list[ShardIndex] = []
         self._table = vocabulary.modality_table()
         self._dtype = np.dtype("<u2") if vocabulary.size <= 1 << 16 else np.dtype("<u4")
@@ -99,7 +101,7 @@ class ShardWriter:
 
     @property
     def _tar_path(self) -> Path:
-        return self.folder / f"{self.split}-{len(self.indices):05d}.tar"
+        return self.folder / f"{self.split}-{self.first + len(self.indices):05d}.tar"
 
     @property
     def _part(self) -> Path:
@@ -107,37 +109,78 @@ class ShardWriter:
 
     def write(self, sample: Sample) -> None:
         """Appends one sample; DataError for a bad or repeated key, or tokens outside the vocabulary."""
-        if not sample.key or "." in sample.key or "/" in sample.key:
-            raise DataError(f"sample key {sample.key!r} must be non-empty, without dots and slashes")
-        if sample.key in self._keys:
-            raise DataError(f"duplicate sample key {sample.key!r}")
         tokens = np.asarray(sample.tokens)
+        self._accept(sample.key, tokens)
+        self._append(sample.key, self._members(sample, tokens), 1)
+
+    def _accept(self, key: str, tokens: np.ndarray) -> None:
+        if not key or "." in key or "/" in key:
+            raise DataError(f"sample key {key!r} must be non-empty, without dots and slashes")
+        if key in self._keys:
+            raise DataError(f"duplicate sample key {key!r}")
         if tokens.ndim != 1 or not tokens.size or tokens.min() < 0 or tokens.max() >= self.vocabulary.used:
-            raise DataError(f"sample {sample.key!r}: tokens must be 1-D ids in 0..{self.vocabulary.used - 1}")
+            raise DataError(f"sample {key!r}: tokens must be 1-D ids in 0..{self.vocabulary.used - 1}")
         if tokens[0] != Vocabulary.BOS:
-            raise DataError(f"sample {sample.key!r}: a document begins with bos ({Vocabulary.BOS}), got {tokens[0]}")
-        self._keys.add(sample.key)
+            raise DataError(f"sample {key!r}: a document begins with bos ({Vocabulary.BOS}), got {tokens[0]}")
+
+    def _append(self, key: str, members: dict[str, bytes], documents: int) -> None:
+        self._keys.add(key)
         if self._file is None:
             self._start()
-        self._tar.write({"__key__": sample.key, **self._members(sample, tokens)})
-        self._count += 1
-        if self._count == self.samples_per_shard:
+        self._tar.write({"__key__": key, **members})
+        self._count += documents
+        if self._count >= self.samples_per_shard:
             self._finish()
 
-    def _members(self, sample: Sample, tokens: np.ndarray) -> dict[str, bytes]:
+    def _common(self, tokens: np.ndarray) -> dict[str, Any]:
         counts = np.bincount(self._table[tokens], minlength=len(self.vocabulary.modalities))
-        meta = {
-            "kind": sample.kind,
+        return {
             "split": self.split,
             "modalities": list(self.vocabulary.modalities),
             "lengths": dict(zip(self.vocabulary.modalities, counts.tolist(), strict=True)),
+            "fingerprints": self.fingerprints,
+        }
+
+    def write_block(self, key: str, documents: Sequence[np.ndarray], meta: Mapping[str, Any] | None = None) -> None:
+        """Appends many text documents as one sample: one tar member of tokens instead of one per document.
+
+        Args:
+            key: of the block; document i becomes "KEY/i".
+            documents: unified text tokens int64 [n] each, beginning with bos.
+            meta: further JSON-able facts.
+
+        Raises:
+            DataError: a bad or repeated key, no documents, or tokens that are not text.
+        """
+        if not documents or any(len(document) < 1 or document[0] != Vocabulary.BOS for document in documents):
+            raise DataError(f"block {key!r}: at least one document is needed, and each begins with bos")
+        tokens = np.concatenate(documents).astype(np.int64)
+        self._accept(key, tokens)
+        if self._table[tokens].any():
+            raise DataError(f"block {key!r}: all tokens of a block are text; write other documents as samples")
+        off = np.cumsum([0, *map(len, documents)])
+        meta = {**self._common(tokens), "kind": "text", "documents": len(documents), **(meta or {})}
+        members = {
+            "json": json.dumps(meta, separators=(",", ":")).encode(),
+            "tok.npy": _npy(tokens.astype(self._dtype)),
+            "off.npy": _npy(off.astype("<u4" if off[-1] < 1 << 32 else "<u8")),
+        }
+        self._append(key, members, len(documents))
+
+    def _members(self, sample: Sample, tokens: np.ndarray) -> dict[str, bytes]:
+        common = self._common(tokens)
+        # The order of these fields is part of the bytes of every data set built so far.
+        meta = {
+            "kind": sample.kind,
+            **{name: common[name] for name in ("split", "modalities", "lengths")},
             "spans": [list(span) for span in sample.spans],
             "fingerprints": self.fingerprints,
             **sample.meta,
         }
-        array = io.BytesIO()
-        np.lib.format.write_array(array, tokens.astype(self._dtype), allow_pickle=False)
-        members = {"json": json.dumps(meta, separators=(",", ":")).encode(), "tokens.npy": array.getvalue()}
+        members = {
+            "json": json.dumps(meta, separators=(",", ":")).encode(),
+            "tokens.npy": _npy(tokens.astype(self._dtype)),
+        }
         if sample.text is not None:
             members["txt"] = sample.text.encode()
         if sample.png is not None:
@@ -167,9 +210,16 @@ class ShardWriter:
         tar, part = self._tar_path, self._part
         index = scan_shard(part, name=tar.name)
         index.save(index_path(tar))
+        save_energon(energon_path(tar), index)
         os.replace(part, tar)
         fsync_folder(self.folder)
         self.indices.append(index)
+
+
+def _npy(array: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    np.lib.format.write_array(buffer, array, version=(1, 0), allow_pickle=False)
+    return buffer.getvalue()
 
 
 class ShardFiles:
@@ -184,26 +234,39 @@ class ShardFiles:
         self.max_open = max_open
         self._open: OrderedDict[int, int] = OrderedDict()
 
+    @property
+    def names(self) -> list[str]:
+        """File names, for messages."""
+        return [path.name for path in self.paths]
+
     def read(self, shard: int, offset: int, size: int) -> bytes:
-        """`size` bytes of shard number `shard` at `offset`; DataError when it cannot give them."""
+        """`size` bytes of shard number `shard` at `offset`; BadSampleError when it cannot give them."""
         path = self.paths[shard]
         try:
             data = os.pread(self._descriptor(shard), size, offset)
         except OSError as error:
-            raise DataError(f"cannot read {path} at offset {offset}: {error.strerror}") from error
+            raise BadSampleError("unreadable", f"cannot read {path} at offset {offset}: {error.strerror}") from error
         if len(data) != size:
-            raise DataError(f"{path.name}: truncated: {len(data)} of {size} bytes at offset {offset}")
+            raise BadSampleError("truncated", f"{path.name}: truncated: {len(data)} of {size} bytes at offset {offset}")
         return data
 
     def read_checked(self, shard: int, offset: int, size: int, crc32: int, key: str) -> bytes:
-        """As `read`, and the bytes must have this crc32; DataError names shard, offset and key otherwise."""
+        """As `read`, and the bytes must have this crc32; BadSampleError names shard, offset and key otherwise."""
         data = self.read(shard, offset, size)
         if zlib.crc32(data) != crc32:
-            raise DataError(
-                f"{self.paths[shard].name}: corrupt tokens of {key!r} at offset {offset}: "
-                f"crc32 {zlib.crc32(data):08x}, the index says {crc32:08x}"
+            raise BadSampleError(
+                "corrupt",
+                f"{self.names[shard]}: corrupt tokens of {key!r} at offset {offset}: "
+                f"crc32 {zlib.crc32(data):08x}, the index says {crc32:08x}",
             )
         return data
+
+    def __getstate__(self) -> dict[str, object]:
+        """Descriptors do not travel to workers: they open their own."""
+        return {"paths": self.paths, "max_open": self.max_open}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(state["paths"], max_open=state["max_open"])  # type: ignore[misc]
 
     def _descriptor(self, shard: int) -> int:
         if shard in self._open:

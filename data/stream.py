@@ -1,6 +1,6 @@
 """The training stream: planned packs become tensors; every step is the same whatever the number of ranks.
 
-Global step k owns packs [k * G, (k + 1) * G) of the endless sequence of epochs. A rank takes its contiguous slice of
+Global step k owns packs [k * G, (k + 1) * G) of the endless sequence of draws. A rank takes its contiguous slice of
 them and cuts it into micro-batches. Sums over the *global* batch come from the plan, not from other ranks.
 """
 
@@ -8,20 +8,27 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-import torch
+import torch.distributed as dist
 
+from .batch import Batch, collate, mask, micro_batches, weight_vector
 from .dataset import Dataset
 from .errors import DataError
+from .mixing import Mix, Source, Stage
 from .mock import MockDataset
-from .packing import PackPlan
+from .plan import Pack, Place, Planner, Position, StepPlan, digest
+from .quarantine import Entry, Ledger, QuarantineConfig, tell
+from .reader import Ahead, Found, Order, Reader
+from .share import is_reader, share
 
-STATE_VERSION = 1
-Batch = dict[str, torch.Tensor]
+__all__ = ["Batch", "QuarantineConfig", "Source", "Stage", "Step", "Stream", "StreamConfig", "collate", "weight_vector"]
+
+STATE_VERSION = 2
+ALONE = "data"  # the name of the one source of a stream without a mix
 
 
 @dataclass(frozen=True)
@@ -29,14 +36,21 @@ class StreamConfig:
     """What a stream reads, and in which order.
 
     Attributes:
-        path: the data set's folder.
-        split: its split.
+        path: the data set's folder or URL; it also gives the vocabulary of a mix.
+        split: its split, where there is no mix.
         seq_len: tokens per row; every document fits into one row.
         global_batch: rows (packs) per step, over all ranks.
         micro_batch: rows per forward pass of one rank.
         seed: names the order.
         window: documents that are packed together.
+        block, spread: for object stores, see `PackPlan`: neighbours kept together, and blocks shuffled together.
         modality_weights: loss weight of a target by its modality; 1.0 where nothing is said.
+        sources: a mix, name -> `Source`; empty reads `split` of `path` alone.
+        stages: later weights of the mix.
+        workers: processes that read ahead; 0 reads in the training process.
+        prefetch: steps that each worker reads ahead.
+        stall_seconds: after so long on one sample, its shard and offset are logged.
+        quarantine: how many bad samples a run bears.
 
     Raises:
         DataError: a size below 1, or a weight that is negative or not finite.
@@ -49,15 +63,34 @@ class StreamConfig:
     micro_batch: int = 4
     seed: int = 0
     window: int = 2048
+    block: int = 1
+    spread: int = 32
     modality_weights: dict[str, float] = field(default_factory=dict)
+    sources: dict[str, Source] = field(default_factory=dict)
+    stages: tuple[Stage, ...] = ()
+    workers: int = 0
+    prefetch: int = 2
+    stall_seconds: float = 60.0
+    quarantine: QuarantineConfig = field(default_factory=QuarantineConfig)
 
     def __post_init__(self) -> None:
-        for name, least in (("seq_len", 2), ("global_batch", 1), ("micro_batch", 1), ("window", 1), ("seed", 0)):
+        sizes = (("seq_len", 2), ("global_batch", 1), ("micro_batch", 1), ("window", 1), ("seed", 0), ("workers", 0))
+        for name, least in (*sizes, ("prefetch", 1), ("block", 1), ("spread", 1)):
             if getattr(self, name) < least:
                 raise DataError(f"{name} must be at least {least}, got {getattr(self, name)}")
+        if not self.stall_seconds > 0:
+            raise DataError(f"stall_seconds must be positive, got {self.stall_seconds}")
         for name, weight in self.modality_weights.items():
             if not 0.0 <= weight < float("inf"):
                 raise DataError(f"modality_weights.{name} must be finite and not negative, got {weight}")
+        if self.stages and not self.sources:
+            raise DataError(f"{len(self.stages)} stages, but no sources whose weights they could change")
+        self.mix()
+
+    def mix(self) -> Mix:
+        """The schedule over the sources, in the order of their names; DataError for unusable weights."""
+        weights = {name: self.sources[name].weight for name in sorted(self.sources)}
+        return Mix(weights or {ALONE: 1.0}, self.stages)
 
 
 @dataclass(frozen=True)
@@ -66,12 +99,15 @@ class Step:
 
     Attributes:
         index: number of the step, from 0.
-        micro_batches: this rank's batches; see `collate`.
-        total_weight: sum of all loss weights of the *global* batch.
+        micro_batches: this rank's batches; see `batch.collate`.
+        total_weight: sum of all planned loss weights of the *global* batch (quarantined samples included).
         target_tokens: targets of the global batch by modality (of the label).
         tokens: tokens of the global batch by modality, padding not counted.
         doc_digest: hash of the global batch: its documents, their order and rows (16 hexadecimal digits).
         epoch: the epoch that the step's first pack belongs to.
+        source_tokens: tokens of the global batch by source.
+        stage: number of the stage of the mix, from 0.
+        masked: tokens of the global batch that are in quarantine.
     """
 
     index: int
@@ -81,10 +117,13 @@ class Step:
     tokens: dict[str, int]
     doc_digest: str
     epoch: int
+    source_tokens: dict[str, int] = field(default_factory=dict)
+    stage: int = 0
+    masked: int = 0
 
 
 class Stream:
-    """Endless steps of a data set for one data-parallel rank; see the module's text.
+    """Endless steps for one data-parallel rank; see the module's text.
 
     Args:
         dataset: an opened data set.
@@ -92,10 +131,15 @@ class Stream:
         dp_rank: this rank, 0..dp_size-1.
         dp_size: data-parallel ranks.
         state: where to go on, a `state_dict` of any rank of any dp_size.
+        group: all processes that read this stream (those of other model-parallel coordinates too); they tell each
+            other of bad samples. Without one, several ranks stop at the first bad sample.
+        model_group: the processes of this data-parallel coordinate; its first rank reads and sends to the others.
+            Without one every rank reads for itself, with the same result.
 
     Raises:
         DataError: before anything is read, when global_batch is no multiple of dp_size * micro_batch, documents do not
-            fit into seq_len, a split or modality is unknown, all weights are zero, or the state is of another plan.
+            fit into seq_len, a split, source or modality is unknown, sources have different vocabularies, all weights
+            are zero, or the state is of another plan.
     """
 
     def __init__(
@@ -106,6 +150,8 @@ class Stream:
         dp_rank: int,
         dp_size: int,
         state: Mapping[str, Any] | None = None,
+        group: dist.ProcessGroup | None = None,
+        model_group: dist.ProcessGroup | None = None,
     ) -> None:
         if not 0 <= dp_rank < dp_size:
             raise DataError(f"dp_rank must lie in 0..{dp_size - 1}, got {dp_rank}")
@@ -114,56 +160,111 @@ class Stream:
                 f"global_batch {config.global_batch} is no multiple of data-parallel ranks {dp_size} x micro_batch "
                 f"{config.micro_batch} = {dp_size * config.micro_batch}"
             )
-        self.dataset, self.config = dataset, config
+        self.dataset, self.config, self.group, self.model_group = dataset, config, group, model_group
         self.dp_rank, self.dp_size = dp_rank, dp_size
-        self._split = dataset.split(config.split)
         self._modalities = dataset.vocabulary.modalities
-        self._table = dataset.vocabulary.modality_table()
         self._weights = weight_vector(self._modalities, config.modality_weights)
-        self.plan = PackPlan(self._split.lengths, seq_len=config.seq_len, window=config.window, seed=config.seed)
-        self._epoch = self._window = self._pack = self._step = 0
+        self._sources = open_sources(dataset, config)
+        self._splits = [source.split(split) for source, split in self._sources.values()]
+        lengths = {name: split.lengths for name, split in zip(self._sources, self._splits, strict=True)}
+        self.planner = Planner(
+            lengths,
+            config.mix(),
+            seq_len=config.seq_len,
+            window=config.window,
+            seed=config.seed,
+            global_batch=config.global_batch,
+            block=config.block,
+            spread=config.spread,
+        )
+        reader = Reader(
+            self._splits,
+            seq_len=config.seq_len,
+            table=dataset.vocabulary.modality_table(),
+            weights=self._weights,
+            stall_seconds=config.stall_seconds,
+        )
+        self._ahead = Ahead(reader, self.planner, self._cut, workers=config.workers, prefetch=config.prefetch)
+        self._position, self._step = self.planner.start, 0
         self._tokens = np.zeros(len(self._modalities), dtype=np.int64)
         self._digest = ""
+        self._ledger = Ledger(config.quarantine, self.planner.mix.names)
         if state is not None:
             self.load_state_dict(state)
 
     def plan_fields(self) -> dict[str, Any]:
-        """All that the order and weight of the data depend on; micro_batch and dp_size are not among it."""
-        fields = asdict(self.config)
-        del fields["path"], fields["micro_batch"]
-        fields["modality_weights"] = dict(zip(self._modalities, self._weights.tolist(), strict=True))
-        return {"dataset": self.dataset.identity, **fields}
+        """All that the order and weight of the data depend on; how ranks cut and read it is not among it."""
+        config, mix = self.config, self.planner.mix
+        return {
+            **{
+                name: getattr(config, name) for name in ("seq_len", "global_batch", "seed", "window", "block", "spread")
+            },
+            "modality_weights": dict(zip(self._modalities, self._weights.tolist(), strict=True)),
+            "sources": {
+                name: hashlib.sha256(f"{source.identity}/{split}".encode()).hexdigest()[:12]
+                for name, (source, split) in self._sources.items()
+            },
+            "weights": mix.tables,
+            "stages": mix.firsts[1:],
+        }
+
+    @property
+    def ledger(self) -> list[dict[str, Any]]:
+        """Every bad sample so far, in words: source, where (shard, key and offset), step and reason."""
+        return [
+            {
+                "source": self.planner.mix.names[entry.source],
+                "where": self._splits[entry.source].where(entry.sample),
+                "step": entry.step,
+                "reason": entry.why,
+            }
+            for entry in sorted(self._ledger.entries.values())
+        ]
 
     def packs_per_epoch(self) -> int:
-        """Rows of the first epoch (later epochs differ by a few)."""
-        return self.plan.packs_per_epoch(0)
+        """Rows of the first epoch of all sources together (later epochs differ by a few)."""
+        return sum(plan.packs_per_epoch(0) for plan in self.planner.plans)
 
     def next(self) -> Step:
         """Reads and returns the next step; the state advances only when that has succeeded.
 
         Raises:
-            DataError: a shard that cannot be read, or does not hold what its index says.
+            DataError: a shard that cannot be read, or does not hold what its index says, and quarantine bears no more.
         """
-        packs, position = self._take(self.config.global_batch)
-        documents = np.concatenate(packs)
-        per_modality = self._split.modality_lengths[documents].sum(axis=0)
+        plan, found = self._read()
+        bears = self.config.quarantine.max_per_source > 0 and (self.group is not None or self.dp_size == 1)
+        if found.bad and not bears:
+            raise DataError(found.bad[0][3])
+        news = [Entry(source, sample, self._step, why) for source, sample, why, _ in found.bad]
+        ledger = self._ledger.with_new(tell(news, self.group) if bears else [])
+        counts = np.stack([self._counts(pack) for pack in plan.packs])
+        per_modality = counts.sum(axis=0)
+        listed = [at for pack in plan.packs for at in self._listed(pack, ledger)]
+        masked = sum(int(self._splits[source].lengths[sample]) for source, sample in listed)
+        ledger.check_share(self._step, masked, int(per_modality.sum()))
+        if listed:
+            self._mask(plan, found.rows, ledger)
         targets = per_modality.copy()
         # A document's first token (bos, which counts as text) is nobody's target.
-        targets[0] -= len(documents)
-        digest = _digest("", packs)
+        targets[0] -= sum(len(pack.samples) for pack in plan.packs)
+        by_source = np.zeros(len(self._splits), dtype=np.int64)
+        np.add.at(by_source, [pack.source for pack in plan.packs], counts.sum(axis=1))
         step = Step(
             index=self._step,
-            micro_batches=self._batches(packs),
+            micro_batches=micro_batches(found.rows, self.config.micro_batch),
             total_weight=float((targets * self._weights.astype(np.float64)).sum()),
             target_tokens=self._named(targets),
             tokens=self._named(per_modality),
-            doc_digest=digest,
-            epoch=self._epoch,
+            doc_digest=digest("", plan.packs),
+            epoch=plan.epoch,
+            source_tokens=dict(zip(self.planner.mix.names, by_source.tolist(), strict=True)),
+            stage=self.planner.mix.stage(plan.before.draws),
+            masked=masked,
         )
-        self._epoch, self._window, self._pack = position
+        self._position, self._ledger = plan.after, ledger
         self._step += 1
         self._tokens += per_modality
-        self._digest = _digest(self._digest, packs)
+        self._digest = digest(self._digest, plan.packs)
         return step
 
     def __iter__(self) -> Stream:
@@ -172,160 +273,154 @@ class Stream:
     def __next__(self) -> Step:
         return self.next()
 
+    def close(self) -> None:
+        """Ends the workers; a later `next` starts new ones."""
+        self._ahead.close()
+
     def state_dict(self) -> dict[str, Any]:
-        """Where the stream stands: small, JSON-able, the same on every rank."""
+        """Where the stream stands: small, JSON-able, the same on every rank; what was only read ahead is not in it."""
         fields = self.plan_fields()
         return {
             "version": STATE_VERSION,
             "plan_hash": _plan_hash(fields),
             "plan": fields,
-            "seed": self.config.seed,
-            "epoch": self._epoch,
-            "window": self._window,
-            "pack_in_window": self._pack,
             "step": self._step,
+            "draws": self._position.draws,
+            "places": [list(place) for place in self._position.places],
             "tokens": self._named(self._tokens),
             "order_digest": self._digest,
+            "ledger": [list(entry) for entry in sorted(self._ledger.entries.values())],
+            "streak": self._ledger.streak,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Goes on where `state` was taken, on any number of ranks.
+        """Goes on where `state` was taken, on any number of ranks and workers.
 
         Raises:
             DataError: the state is malformed, of another version, or of another plan (the message lists what differs).
         """
-        needed = {"version", "plan_hash", "plan", "epoch", "window", "pack_in_window", "step", "tokens", "order_digest"}
+        if state.get("version", STATE_VERSION) != STATE_VERSION:
+            raise DataError(f"data state of version {state['version']}; this reads {STATE_VERSION}")
+        needed = {"version", "plan_hash", "plan", "step", "draws", "places", "tokens", "order_digest", "ledger"}
         if needed - set(state):
             raise DataError(f"the data state lacks {', '.join(sorted(needed - set(state)))}")
-        if state["version"] != STATE_VERSION:
-            raise DataError(f"data state of version {state['version']}; this reads {STATE_VERSION}")
         fields = self.plan_fields()
         if state["plan_hash"] != _plan_hash(fields):
-            there: Mapping[str, Any] = state["plan"]
-            names = sorted(k for k in {*fields, *there} if fields.get(k) != there.get(k))
-            differs = "; ".join(f"{k}: {_short(there.get(k))} then, {_short(fields.get(k))} now" for k in names)
+            there, here = _flat(state["plan"]), _flat(fields)
+            names = sorted(k for k in {*here, *there} if here.get(k) != there.get(k))
+            differs = "; ".join(f"{k}: {_short(there.get(k))} then, {_short(here.get(k))} now" for k in names)
             raise DataError(f"the data state belongs to another plan and cannot be resumed exactly ({differs})")
-        epoch, window, pack, step = (int(state[k]) for k in ("epoch", "window", "pack_in_window", "step"))
-        inside = epoch >= 0 and step >= 0 and 0 <= window < self.plan.n_windows
-        if not inside or not 0 <= pack < len(self.plan.packs(epoch, window)):
-            raise DataError(f"the data state points outside its plan: epoch {epoch}, window {window}, pack {pack}")
-        self._epoch, self._window, self._pack, self._step = epoch, window, pack, step
-        self._tokens = np.array([int(state["tokens"][name]) for name in self._modalities], dtype=np.int64)
+        try:
+            position = Position(int(state["draws"]), tuple(Place(*map(int, place)) for place in state["places"]))
+            step = int(state["step"])
+            tokens = np.array([int(state["tokens"][name]) for name in self._modalities], dtype=np.int64)
+            ledger = Ledger(
+                self.config.quarantine, self.planner.mix.names, state["ledger"], int(state.get("streak", 0))
+            )
+        except (TypeError, ValueError, KeyError, IndexError) as error:
+            raise DataError(f"the data state is malformed ({error!r})") from error
+        self.planner.check(position)
+        if step * self.config.global_batch != position.draws:
+            raise DataError(f"the data state contradicts itself: step {step}, but {position.draws} draws")
+        self._position, self._step, self._tokens, self._ledger = position, step, tokens, ledger
         self._digest = str(state["order_digest"])
 
-    def _take(self, count: int) -> tuple[list[np.ndarray], tuple[int, int, int]]:
-        """The next `count` packs and the position after them; window and epoch tails run on into the next."""
-        packs: list[np.ndarray] = []
-        epoch, window, pack = self._epoch, self._window, self._pack
-        while len(packs) < count:
-            here = self.plan.packs(epoch, window)
-            part = here[pack : pack + count - len(packs)]
-            packs += part
-            pack += len(part)
-            if pack == len(here):
-                pack, window = 0, window + 1
-                if window == self.plan.n_windows:
-                    window, epoch = 0, epoch + 1
-        return packs, (epoch, window, pack)
+    def _read(self) -> tuple[StepPlan, Found]:
+        """The next step's plan and rows, read here or by the model group's reader."""
+        if self.model_group is None:
+            return self._ahead.read(self._position)
+        reads = is_reader(self.model_group)
+        plan, found = self._ahead.read(self._position) if reads else (self.planner.step(self._position), None)
+        shape = (self.config.global_batch // self.dp_size, self.config.seq_len)
+        rows = share(
+            found.rows if found else None,
+            len(found.bad) if found else 0,
+            shape=shape,
+            most=plan.most,
+            group=self.model_group,
+        )
+        n_bad = int(rows.pop("n_bad"))
+        bears = self.config.quarantine.max_per_source > 0 and self.group is not None
+        if n_bad and found is None and not bears:
+            raise DataError(
+                f"step {self._step}: the reader of this rank's model-parallel group met {n_bad} bad samples"
+            )
+        return plan, Found(rows, found.bad if found else [])
 
-    def _batches(self, packs: list[np.ndarray]) -> list[Batch]:
-        share = len(packs) // self.dp_size
-        mine = packs[self.dp_rank * share : (self.dp_rank + 1) * share]
-        rows = [[self._split.tokens(sample) for sample in pack.tolist()] for pack in mine]
-        most = max(len(row) for row in rows)
-        size = self.config.micro_batch
-        return [
-            collate(rows[i : i + size], self.config.seq_len, self._table, self._weights, max_documents=most)
-            for i in range(0, share, size)
-        ]
+    def _cut(self, plan: StepPlan) -> Order:
+        """This rank's slice of a step."""
+        share = len(plan.packs) // self.dp_size
+        mine = plan.packs[self.dp_rank * share : (self.dp_rank + 1) * share]
+        return Order([(pack.source, pack.samples.tolist()) for pack in mine], plan.most)
+
+    def _counts(self, pack: Pack) -> np.ndarray:
+        return self._splits[pack.source].modality_lengths[pack.samples].sum(axis=0)
+
+    def _listed(self, pack: Pack, ledger: Ledger) -> list[tuple[int, int]]:
+        if not ledger.entries:
+            return []
+        return [(pack.source, sample) for sample in pack.samples.tolist() if (pack.source, sample) in ledger]
+
+    def _mask(self, plan: StepPlan, rows: Batch, ledger: Ledger) -> None:
+        """Takes what the ledger lists out of this rank's rows."""
+        for row, (source, samples) in enumerate(self._cut(plan).packs):
+            start = 0
+            for sample in samples:
+                length = int(self._splits[source].lengths[sample])
+                if (source, sample) in ledger:
+                    mask(rows, row, start, length)
+                start += length
 
     def _named(self, counts: np.ndarray) -> dict[str, int]:
         return dict(zip(self._modalities, counts.tolist(), strict=True))
 
 
-def weight_vector(modalities: Sequence[str], weights: Mapping[str, float]) -> np.ndarray:
-    """float32 [M] loss weights in bank order; DataError for an unknown name, or when nothing would be learnt."""
-    unknown = sorted(set(weights) - set(modalities))
-    if unknown:
-        raise DataError(f"modality_weights names {', '.join(unknown)}; the data set has {', '.join(modalities)}")
-    vector = np.array([weights.get(name, 1.0) for name in modalities], dtype=np.float32)
-    if not vector.any():
-        raise DataError("modality_weights are all zero: there would be nothing to learn")
-    return vector
+Opened = dict[str, tuple[Dataset | MockDataset, str]]
 
 
-def collate(
-    rows: Sequence[Sequence[np.ndarray]],
-    seq_len: int,
-    modality_table: np.ndarray,
-    weights: np.ndarray,
-    *,
-    max_documents: int | None = None,
-) -> Batch:
-    """Tensors of documents laid into rows one after the other.
-
-    Args:
-        rows: per row its documents, unified tokens int64 [n] each.
-        seq_len: S; a row's documents hold at most S tokens together.
-        modality_table: int64 [vocabulary size], token -> modality.
-        weights: float32 [M], loss weight of a target by modality.
-        max_documents: D, at least the most documents of a row (default: exactly that).
-
-    Returns:
-        tokens, labels, modality_ids, doc_ids, position_ids int64 [rows, S]; loss_weight float32 [rows, S];
-        cu_seqlens int32 [rows, D + 1], the documents' ends after a 0, the last repeated. `labels[t]` is the next token
-        of the same document; a document's last token and the padding have label 0 and weight 0. Padding: token 0,
-        doc_id -1, modality 0, position 0.
+def open_sources(dataset: Dataset | MockDataset, config: StreamConfig) -> Opened:
+    """Source name -> (its data set, its split), in the order of the mix.
 
     Raises:
-        DataError: a row longer than seq_len or with more than max_documents documents.
+        DataError: a source that cannot be opened, or whose tokens mean something else than the first data set's.
     """
-    most = max((len(row) for row in rows), default=0) if max_documents is None else max_documents
-    shape = (len(rows), seq_len)
-    tokens, labels, modality_ids, positions = (np.zeros(shape, dtype=np.int64) for _ in range(4))
-    doc_ids = np.full(shape, -1, dtype=np.int64)
-    loss_weight = np.zeros(shape, dtype=np.float32)
-    cu_seqlens = np.zeros((len(rows), most + 1), dtype=np.int32)
-    for r, row in enumerate(rows):
-        if sum(map(len, row)) > seq_len or len(row) > most:
+    if not config.sources:
+        return {ALONE: (dataset, config.split)}
+    opened: Opened = {}
+    for name in sorted(config.sources):
+        source = config.sources[name]
+        if isinstance(dataset, MockDataset) or source.path in ("", config.path):
+            opened[name] = (dataset, source.split)
+            continue
+        try:
+            other = Dataset.open(source.path)
+        except DataError as error:
+            raise DataError(f"source {name}: {error}") from error
+        ours, theirs = dataset.manifest["fingerprints"], other.manifest["fingerprints"]
+        differing = sorted(k for k in {*ours, *theirs} if ours.get(k) != theirs.get(k))
+        if differing:
+            sizes = [dict(zip(v.modalities, v.sizes, strict=True)) for v in (dataset.vocabulary, other.vocabulary)]
             raise DataError(
-                f"row {r}: {sum(map(len, row))} tokens in {len(row)} documents do not fit {seq_len} and {most}"
+                f"source {name}: {source.path} and {config.path} differ in {', '.join(differing)}, so the same ids "
+                f"would mean different things (sizes {sizes[1]} there, {sizes[0]} here); encode it again with "
+                "the tokenizer and codecs of the first"
             )
-        start = 0
-        for d, document in enumerate(row):
-            end = start + len(document)
-            tokens[r, start:end] = document
-            labels[r, start : end - 1] = document[1:]
-            loss_weight[r, start : end - 1] = weights[modality_table[document[1:]]]
-            modality_ids[r, start:end] = modality_table[document]
-            doc_ids[r, start:end] = d
-            positions[r, start:end] = np.arange(len(document))
-            cu_seqlens[r, d + 1 :] = end
-            start = end
-    arrays = {
-        "tokens": tokens,
-        "labels": labels,
-        "loss_weight": loss_weight,
-        "modality_ids": modality_ids,
-        "doc_ids": doc_ids,
-        "position_ids": positions,
-        "cu_seqlens": cu_seqlens,
-    }
-    return {name: torch.from_numpy(array) for name, array in arrays.items()}
-
-
-def _digest(before: str, packs: list[np.ndarray]) -> str:
-    """16 hexadecimal digits over `before` and the samples of every pack, pack boundaries included."""
-    state = hashlib.blake2b(before.encode(), digest_size=8)
-    for pack in packs:
-        state.update(len(pack).to_bytes(8, "little") + pack.astype("<i8").tobytes())
-    return state.hexdigest()
+        opened[name] = (other, source.split)
+    return opened
 
 
 def _plan_hash(fields: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:32]
 
 
+def _flat(fields: Mapping[str, Any], path: str = "") -> dict[str, Any]:
+    """Nested mappings as dotted names."""
+    flat: dict[str, Any] = {}
+    for name, value in fields.items():
+        flat |= _flat(value, f"{path}{name}.") if isinstance(value, Mapping) else {path + name: value}
+    return flat
+
+
 def _short(value: Any) -> str:
     text = str(value)
-    return text if len(text) <= 48 else text[:12] + "…"
+    return text if len(text) <= 48 else text[:45] + "…"

@@ -6,6 +6,7 @@ import io
 import re
 from collections.abc import Iterable
 from pathlib import Path
+from typing import ClassVar, Protocol
 
 import sentencepiece
 
@@ -14,6 +15,30 @@ from .files import fingerprint, write_atomic
 
 _BYTE_PIECE = re.compile(r"<0x([0-9A-F]{2})>")
 _SPACE = "\u2581"  # sentencepiece's visible space
+
+
+TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json")
+
+
+class Tokenizer(Protocol):
+    """Text to local ids 0..vocab_size-1 and back. Attributes: file, the name that `save`'s file has in a data set."""
+
+    file: ClassVar[str]
+    vocab_size: int
+
+    @property
+    def fingerprint(self) -> str: ...
+
+    def encode(self, text: str) -> list[int]: ...
+
+    def decode(self, ids: Iterable[int]) -> str: ...
+
+    def save(self, path: str | Path) -> None: ...
+
+
+def load_tokenizer(path: str | Path) -> Tokenizer:
+    """A sentencepiece model, or Hugging Face's tokenizer.json (by its ending); DataError when it is neither."""
+    return HubTokenizer.load(path) if str(path).endswith(".json") else TextTokenizer.load(path)
 
 
 class TextTokenizer:
@@ -29,6 +54,8 @@ class TextTokenizer:
     Raises:
         DataError: `model` is no sentencepiece model, or has no byte fallback.
     """
+
+    file: ClassVar[str] = "tokenizer.model"
 
     def __init__(self, model: bytes) -> None:
         self._model = model
@@ -138,5 +165,66 @@ class TextTokenizer:
             return cls(Path(path).read_bytes())
         except OSError as error:
             raise DataError(f"cannot read the tokenizer {path}: {error.strerror}") from error
+        except DataError as error:
+            raise DataError(f"{path}: {error}") from error
+
+
+class HubTokenizer:
+    """Hugging Face's `tokenizer.json`, read by the library `tokenizers`; special tokens are not added.
+
+    Args:
+        content: the file.
+
+    Raises:
+        DataError: the library is missing, or the content is no such file.
+    """
+
+    file: ClassVar[str] = "tokenizer.json"
+
+    def __init__(self, content: str) -> None:
+        try:
+            from tokenizers import Tokenizer as Library
+        except ImportError as error:
+            raise DataError("reading a tokenizer.json needs: pip install polylepis[hf]") from error
+        try:
+            self._library = Library.from_str(content)
+        except Exception as error:  # the library raises plain Exception
+            raise DataError(f"not a tokenizer.json ({' '.join(str(error).split())})") from error
+        self._content = content
+        self._library.no_truncation()
+        self._library.no_padding()
+        # Ids may have gaps; the range of the vocabulary must hold the highest.
+        self.vocab_size: int = max(self._library.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+
+    def encode(self, text: str) -> list[int]:
+        """Local ids of `text`; DataError for lone surrogates."""
+        try:
+            return self._library.encode(text, add_special_tokens=False).ids
+        except (UnicodeEncodeError, TypeError) as error:
+            raise DataError(f"text is not valid Unicode ({error})") from error
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of local ids, as far as this tokenizer keeps it; DataError for an id outside 0..vocab_size-1."""
+        values = [int(i) for i in ids]
+        if values and not 0 <= min(values) <= max(values) < self.vocab_size:
+            raise DataError(f"text ids must lie in 0..{self.vocab_size - 1}, got {min(values)}..{max(values)}")
+        return self._library.decode(values, skip_special_tokens=False)
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of the file's bytes."""
+        return fingerprint(b"tokenizer-json-1", self._content.encode())
+
+    def save(self, path: str | Path) -> None:
+        """Writes the tokenizer.json as it was read, atomically."""
+        write_atomic(Path(path), self._content.encode())
+
+    @classmethod
+    def load(cls, path: str | Path) -> HubTokenizer:
+        """Reads a tokenizer.json; DataError when it is missing or no such file."""
+        try:
+            return cls(Path(path).read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError) as error:
+            raise DataError(f"cannot read the tokenizer {path}: {error}") from error
         except DataError as error:
             raise DataError(f"{path}: {error}") from error

@@ -170,7 +170,8 @@ def validate(values: dict[str, Any], source: str, overridden: Sequence[tuple[str
     except TypeError as error:
         raise ConfigError(f"{source}: {error}") from None
     location = tuple(str(part) for part in first["loc"])
-    where = "command line" if location in overridden else source
+    given = any(location[: len(path)] == path for path in overridden)
+    where = "command line" if given else source
     raise ConfigError(f"{'.'.join(location)}: {_explain(location, first)} ({where})")
 
 
@@ -185,10 +186,16 @@ def _explain(location: tuple[str, ...], error: Any) -> str:
 
 
 def _section(path: tuple[str, ...]) -> Any:
-    """The dataclass at a path of sections."""
+    """The dataclass at a path of sections; names and numbers of entries in mappings and lists lead to the entry."""
     node: Any = RunConfig
     for step in path:
-        node = typing.get_type_hints(node)[step]
+        entries = typing.get_args(node)
+        if typing.get_origin(node) is dict:
+            node = entries[1]
+        elif typing.get_origin(node) in (tuple, list):
+            node = entries[0]
+        else:
+            node = typing.get_type_hints(node)[step]
     return node
 
 

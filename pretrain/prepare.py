@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 
 from ..checkpoints.manifest import newest_checkpoint, step_of
 from ..data import mock
@@ -14,7 +13,8 @@ from .config import CONFIG_FILE, RunConfig, differing_keys, load_config, to_yaml
 from .errors import ConfigError
 
 # What may change between the runs that share a folder: where and how long it trains, not what is trained on what.
-FREE_KEYS = ("mesh.", "context.", "train.", "tracking.", "data.micro_batch", "name", "folder", "data.path")
+READING = ("data.micro_batch", "data.workers", "data.prefetch", "data.stall_seconds", "data.path")
+FREE_KEYS = ("mesh.", "context.", "train.", "tracking.", "name", "folder", *READING)
 
 
 def n_processes(config: RunConfig) -> int:
@@ -47,7 +47,7 @@ def open_data(config: RunConfig) -> Dataset | mock.MockDataset:
     """
     if config.data.path == mock.PATH:
         return mock.MockDataset(config.model.modalities, config.model.vocab_size, config.data.seq_len)
-    dataset = Dataset.open(Path(config.data.path))
+    dataset = Dataset.open(config.data.path)
     if tuple(dataset.vocabulary.modalities) != tuple(config.model.modalities):
         raise ConfigError(
             f"model.modalities: {list(config.model.modalities)}, but {config.data.path} holds "

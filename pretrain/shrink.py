@@ -40,6 +40,9 @@ def shrink(config: RunConfig, steps: int = 2, mesh: MeshConfig | None = None) ->
         global_batch=2,
         micro_batch=1,
         window=64,
+        sources={},
+        stages=(),
+        workers=0,
     )
     return replace(
         config,

@@ -40,7 +40,8 @@ def train(config: RunConfig) -> None:
         preload()
     check_run(config, dist.get_world_size())
     dataset = open_data(config)
-    stream = Stream(dataset, config.data, dp_rank=mesh.dp_rank, dp_size=mesh.dp_size)
+    world = dist.group.WORLD if dist.get_world_size() > 1 else None  # ranks agree on quarantined samples
+    stream = Stream(dataset, config.data, dp_rank=mesh.dp_rank, dp_size=mesh.dp_size, group=world)
     model = build_model(config.model, mesh, seed=config.seed, compute_dtype=DTYPES[config.train.precision])
     optimizer = build_optimizer(config.optim, model)
 

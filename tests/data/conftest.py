@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import shutil
 from collections.abc import Callable
@@ -15,6 +16,10 @@ from polylepis.data import corpus
 from polylepis.data.dataset import Dataset
 from polylepis.data.shards import Sample, ShardWriter
 from polylepis.data.vocabulary import Vocabulary
+from ranks import PRELOAD
+
+# One fork server serves workers and ranks of all tests: whoever starts it first, it has imported everything.
+multiprocessing.get_context("forkserver").set_forkserver_preload(PRELOAD)
 
 
 @pytest.fixture(scope="session")

@@ -107,3 +107,26 @@ def test_refusals_name_the_numbers() -> None:
         PackPlan(np.array([], dtype=np.int64), seq_len=256, window=8, seed=0)
     with pytest.raises(DataError, match="window >= 1"):
         PackPlan(lengths, seq_len=400, window=0, seed=0)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 900), st.integers(2, 64), st.integers(1, 9), st.integers(0, 3), st.integers(1, 300))
+def test_blocks_hold_every_document_once_and_neighbours_together(
+    n: int, block: int, spread: int, epoch: int, window: int
+) -> None:
+    lengths = np.random.default_rng(n).integers(1, 100, n)
+    plan = PackPlan(lengths, seq_len=100, window=window, seed=3, block=block, spread=spread)
+    order = plan.order(epoch, np.arange(n))
+    assert np.array_equal(np.sort(order), np.arange(n))
+    assert np.array_equal(plan.order(epoch, np.arange(n)[::5]), order[::5])
+    assert np.array_equal(np.concatenate([plan.documents(epoch, w) for w in range(plan.n_windows)]), order)
+    # Each shuffle window touches few blocks: its own number, and one more where the short one shifts the cut.
+    for start in range(0, n, block * spread):
+        assert len(np.unique(order[start : start + block * spread] // block)) <= spread + 1
+
+
+def test_blocks_still_shuffle_well() -> None:
+    plan = PackPlan(np.ones(20_000, dtype=np.int64), seq_len=8, window=512, seed=0, block=64, spread=16)
+    assert 0.9 < shuffle_quality(plan) < 1.1
+    with pytest.raises(DataError, match="block >= 1 and spread >= 1"):
+        PackPlan(np.ones(5), seq_len=8, window=4, seed=0, block=0)

@@ -140,7 +140,7 @@ def test_resume_exactly_at_the_end_of_an_epoch(dataset: Dataset, config: StreamC
     stream = make(dataset, whole)
     first = stream.next()
     state = stream.state_dict()
-    assert (state["epoch"], state["window"], state["pack_in_window"]) == (1, 0, 0)
+    assert state["places"] == [[1, 0, 0, packs]]
     split = dataset.split("heldout")
     assert first.tokens == dict(
         zip(dataset.vocabulary.modalities, split.modality_lengths.sum(axis=0).tolist(), strict=True)
@@ -182,21 +182,27 @@ def test_a_state_of_another_plan_is_refused_field_by_field(dataset: Dataset, con
     other = replace(config, seq_len=512, seed=3)
     with pytest.raises(DataError, match=r"seed: 0 then, 3 now; seq_len: 256 then, 512 now\)"):
         make(dataset, other, state=state)
-    with pytest.raises(DataError, match=r"modality_weights: .* then, .* now"):
+    with pytest.raises(DataError, match=r"modality_weights\.image: 1\.0 then, 2\.0 now"):
         make(dataset, replace(config, modality_weights={"image": 2.0}), state=state)
-    state["plan"]["dataset"] = "0" * 64
+    state["plan"]["sources"]["data"] = "0" * 12
     state["plan_hash"] = "?"
-    with pytest.raises(DataError, match=f"dataset: 000000000000… then, {dataset.identity[:12]}… now"):
+    with pytest.raises(DataError, match=r"\(sources\.data: 000000000000 then, \w{12} now\)"):
         make(dataset, config, state=state)
     # Where the data lies and how a rank cuts its share do not matter.
     good = make(dataset, config).state_dict()
-    make(dataset, replace(config, path="/elsewhere", micro_batch=1), state=good)
+    make(dataset, replace(config, path="/elsewhere", micro_batch=1, workers=3, prefetch=9), state=good)
     with pytest.raises(DataError, match="lacks order_digest, tokens"):
         make(dataset, config, state={k: v for k, v in good.items() if k not in ("tokens", "order_digest")})
     with pytest.raises(DataError, match="version 9"):
         make(dataset, config, state={**good, "version": 9})
-    with pytest.raises(DataError, match="points outside its plan: epoch 0, window 99"):
-        make(dataset, config, state={**good, "window": 99})
+    with pytest.raises(DataError, match="points outside its plan: source data, epoch 0, window 99, pack 0"):
+        make(dataset, config, state={**good, "places": [[0, 99, 0, 0]]})
+    with pytest.raises(DataError, match=r"outside its plan: 12 draws make \[12\] packs per source, it holds \[0\]"):
+        make(dataset, config, state={**good, "draws": 12})
+    with pytest.raises(DataError, match="contradicts itself: step 3, but 0 draws"):
+        make(dataset, config, state={**good, "step": 3})
+    with pytest.raises(DataError, match="malformed"):
+        make(dataset, config, state={**good, "places": [[0, "x"]]})
 
 
 def test_refusals_before_anything_is_read(dataset: Dataset, config: StreamConfig) -> None:

@@ -49,6 +49,8 @@ MISTAKES = {
     "model.mamba.d_stat=3": "model.mamba.d_stat: unknown key; nearest is d_state (command line)",
     "train.steps=ten": "train.steps: input should be a valid integer, not 'ten' (command line)",
     "model.mlp.activation=relu": "model.mlp.activation: input should be 'relu2', 'gelu' or 'swiglu', not 'relu'",
+    "data.sources.web={pathh: x}": "data.sources.web.pathh: unknown key; nearest is path (command line)",
+    "data.stages=[{stepz: 3}]": "data.stages.0.stepz: unknown key",
     "steps": "steps: an override is written section.key=value",
     "seed.x=1": "seed.x=1: seed is a value, not a section",
     "qqqq=1": "qqqq: unknown key; accepted: name, folder, model",

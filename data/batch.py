@@ -1,0 +1,103 @@
+"""Batches: documents laid into rows, as tensors of fixed shape; and the loss weights of their tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+
+from .errors import DataError
+
+Batch = dict[str, torch.Tensor]
+# What each pipeline stage needs: the metadata on all of them, the rest at one end.
+EVERYWHERE = ("modality_ids", "doc_ids", "position_ids", "cu_seqlens")
+
+
+def stage_fields(*, first: bool, last: bool) -> tuple[str, ...]:
+    """Names of the batch's fields that a pipeline stage needs: tokens at the first, labels and weights at the last."""
+    ends = (("tokens",) if first else ()) + (("labels", "loss_weight") if last else ())
+    return (*ends, *EVERYWHERE)
+
+
+def weight_vector(modalities: Sequence[str], weights: Mapping[str, float]) -> np.ndarray:
+    """float32 [M] loss weights in bank order; DataError for an unknown name, or when nothing would be learnt."""
+    unknown = sorted(set(weights) - set(modalities))
+    if unknown:
+        raise DataError(f"modality_weights names {', '.join(unknown)}; the data set has {', '.join(modalities)}")
+    vector = np.array([weights.get(name, 1.0) for name in modalities], dtype=np.float32)
+    if not vector.any():
+        raise DataError("modality_weights are all zero: there would be nothing to learn")
+    return vector
+
+
+def collate(
+    rows: Sequence[Sequence[np.ndarray]],
+    seq_len: int,
+    modality_table: np.ndarray,
+    weights: np.ndarray,
+    *,
+    max_documents: int | None = None,
+) -> Batch:
+    """Tensors of documents laid into rows one after the other.
+
+    Args:
+        rows: per row its documents, unified tokens int64 [n] each.
+        seq_len: S; a row's documents hold at most S tokens together.
+        modality_table: int64 [vocabulary size], token -> modality.
+        weights: float32 [M], loss weight of a target by modality.
+        max_documents: D, at least the most documents of a row (default: exactly that).
+
+    Returns:
+        tokens, labels, modality_ids, doc_ids, position_ids int64 [rows, S]; loss_weight float32 [rows, S];
+        cu_seqlens int32 [rows, D + 1], the documents' ends after a 0, the last repeated. `labels[t]` is the next token
+        of the same document; a document's last token and the padding have label 0 and weight 0. Padding: token 0,
+        doc_id -1, modality 0, position 0.
+
+    Raises:
+        DataError: a row longer than seq_len or with more than max_documents documents.
+    """
+    most = max((len(row) for row in rows), default=0) if max_documents is None else max_documents
+    shape = (len(rows), seq_len)
+    tokens, labels, modality_ids, positions = (np.zeros(shape, dtype=np.int64) for _ in range(4))
+    doc_ids = np.full(shape, -1, dtype=np.int64)
+    loss_weight = np.zeros(shape, dtype=np.float32)
+    cu_seqlens = np.zeros((len(rows), most + 1), dtype=np.int32)
+    for r, row in enumerate(rows):
+        if sum(map(len, row)) > seq_len or len(row) > most:
+            raise DataError(
+                f"row {r}: {sum(map(len, row))} tokens in {len(row)} documents do not fit {seq_len} and {most}"
+            )
+        start = 0
+        for d, document in enumerate(row):
+            end = start + len(document)
+            tokens[r, start:end] = document
+            labels[r, start : end - 1] = document[1:]
+            loss_weight[r, start : end - 1] = weights[modality_table[document[1:]]]
+            modality_ids[r, start:end] = modality_table[document]
+            doc_ids[r, start:end] = d
+            positions[r, start:end] = np.arange(len(document))
+            cu_seqlens[r, d + 1 :] = end
+            start = end
+    arrays = {
+        "tokens": tokens,
+        "labels": labels,
+        "loss_weight": loss_weight,
+        "modality_ids": modality_ids,
+        "doc_ids": doc_ids,
+        "position_ids": positions,
+        "cu_seqlens": cu_seqlens,
+    }
+    return {name: torch.from_numpy(array) for name, array in arrays.items()}
+
+
+def micro_batches(rows: Batch, size: int) -> list[Batch]:
+    """`rows` cut along the leading axis into micro-batches of `size` (views)."""
+    count = len(rows["tokens"])
+    return [{name: value[i : i + size] for name, value in rows.items()} for i in range(0, count, size)]
+
+
+def mask(rows: Batch, row: int, start: int, length: int) -> None:
+    """Takes one document out of a batch in place: padding without weight in its slot, whose place and id it keeps."""
+    for name in ("tokens", "labels", "modality_ids", "loss_weight"):
+        rows[name][row, start : start + length] = 0

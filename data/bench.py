@@ -1,0 +1,195 @@
+"""How fast a data set is read here, beside webdataset's own reader, in one run on one process.
+
+`raw` is a sample's bytes and key; `tokens` its token ids as an array and its key, all that training reads; `decoded`
+all its members by name, with the json parsed, the tokens as an array and the picture, where there is one, as pixels.
+Rates are per second of CPU time, which a busy machine distorts less than wall time. The files should be in the page
+cache: each reader reads twice, and the better run counts.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .dataset import Dataset, Split
+from .packing import PackPlan, permute
+from .stream import Stream, StreamConfig
+
+
+def bench(path: Path, *, split: str, samples: int, position: int, resident: int) -> dict[str, Any]:
+    """Measures a data set.
+
+    Args:
+        path, split: what to read.
+        samples: read by each reader, cycling if there are fewer.
+        position: documents before the resume that is timed.
+        resident: samples read while watching the resident memory.
+
+    Returns:
+        samples per CPU second by reader and kind, their ratios, seconds and bytes; see the keys.
+    """
+    chosen = Dataset.open(path).split(split)
+    n = len(chosen)
+    order = permute(np.arange(n), n, (1, 0, 0)).tolist()
+    mine = [order[i % n] for i in range(samples)]
+    ours = {
+        "raw": _rate(samples, lambda: _drain(_raw(chosen, i) for i in mine)),
+        "tokens": _rate(samples, lambda: _drain((chosen.key(i), chosen.tokens(i)) for i in mine)),
+        "decoded": _rate(samples, lambda: _drain(_decode(chosen.members(i)) for i in mine)),
+    }
+    urls = [str(tar) for tar in chosen.files.paths]
+    theirs = {
+        "raw": _rate(samples, lambda: _drain(_webdataset(urls, samples))),
+        "tokens": _rate(samples, lambda: _drain(_array(s["tokens.npy"]) for s in _webdataset(urls, samples))),
+        "decoded": _rate(samples, lambda: _drain(_decode(s) for s in _webdataset(urls, samples))),
+    }
+    before = _resident()
+    _drain(chosen.tokens(order[i % n]) for i in range(resident))
+    grown = _resident() - before
+    config = StreamConfig(str(path), split=split, seq_len=max(256, int(chosen.lengths.max())), global_batch=8)
+    return {
+        "samples": samples,
+        "samples_per_cpu_second": {"polylepis": ours, "webdataset": theirs},
+        "ratio": {kind: ours[kind] / theirs[kind] for kind in ours},
+        "planning_us_per_document": planning(chosen.lengths),
+        "resume": {str(at): resume(config, at) for at in (0, position)},
+        "resident_growth_bytes": grown,
+        "resident_samples": resident,
+    }
+
+
+def planning(lengths: np.ndarray, *, seq_len: int = 4096, window: int = 4096, documents: int = 65536) -> float:
+    """CPU microseconds per document to plan an epoch; lengths are repeated to at least `documents`."""
+    many = np.resize(np.minimum(lengths, seq_len), max(documents, len(lengths)))
+    plan = PackPlan(many, seq_len=seq_len, window=window, seed=0)
+    started = time.process_time()
+    plan.packs_per_epoch()
+    return (time.process_time() - started) / len(many) * 1e6
+
+
+def resume(config: StreamConfig, position: int) -> dict[str, float]:
+    """Seconds in a fresh process, resumed after `position` documents.
+
+    Returns:
+        {"imports": …, "open": data set opened and state loaded, "first_batch": the step after it, "process": all}.
+    """
+    stream = Stream(Dataset.open(config.path), config, dp_rank=0, dp_size=1)
+    here, passed = stream.planner.start, 0
+    while passed < position:
+        plan = stream.planner.step(here)
+        passed += sum(len(pack.samples) for pack in plan.packs)
+        here = plan.after
+    state = stream.state_dict() | {
+        "step": here.draws // config.global_batch,
+        "draws": here.draws,
+        "places": [list(place) for place in here.places],
+    }
+    keys = ("path", "split", "seq_len", "global_batch")
+    given = json.dumps([{key: getattr(config, key) for key in keys}, state])
+    started = time.perf_counter()
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    command = [sys.executable, "-c", _RESUME]
+    done = subprocess.run(command, input=given, capture_output=True, text=True, check=True, env=environment)
+    return {**json.loads(done.stdout), "process": time.perf_counter() - started}
+
+
+_RESUME = """
+import json, sys, time
+a = time.perf_counter()
+from polylepis.data.dataset import Dataset
+from polylepis.data.stream import Stream, StreamConfig
+b = time.perf_counter()
+fields, state = json.load(sys.stdin)
+stream = Stream(Dataset.open(fields["path"]), StreamConfig(**fields), dp_rank=0, dp_size=1, state=state)
+c = time.perf_counter()
+stream.next()
+print(json.dumps({"imports": b - a, "open": c - b, "first_batch": time.perf_counter() - c}))
+"""
+
+
+def _raw(split: Split, sample: int) -> tuple[str, bytes]:
+    shard, offset, size = (int(x[sample]) for x in (split.shard, split.span_offset, split.span_bytes))
+    return split.key(sample), split.files.read(shard, offset, size)
+
+
+def _webdataset(urls: list[str], samples: int) -> Iterator[dict[str, Any]]:
+    import webdataset
+
+    while samples > 0:
+        for sample in webdataset.WebDataset(urls, shardshuffle=False, empty_check=False):
+            yield sample
+            samples -= 1
+            if not samples:
+                return
+
+
+def _array(payload: bytes) -> np.ndarray:
+    return np.lib.format.read_array(io.BytesIO(payload), allow_pickle=False).astype(np.int64)
+
+
+def _decode(members: dict[str, Any]) -> dict[str, Any]:
+    """The same work for both readers: whatever they can share is not what is compared."""
+    found: dict[str, Any] = {"json": json.loads(members["json"])}
+    if "tokens.npy" in members:
+        found["tokens"] = _array(members["tokens.npy"])
+    if "png" in members:
+        from PIL import Image
+
+        found["png"] = np.asarray(Image.open(io.BytesIO(members["png"])))
+    return found
+
+
+def _rate(samples: int, work: Callable[[], None]) -> float:
+    """Samples per CPU second; the best of two runs, the first of which also warms the cache."""
+    best = 0.0
+    for _ in range(2):
+        started = time.process_time()
+        work()
+        best = max(best, samples / (time.process_time() - started))
+    return best
+
+
+def _drain(items: Iterable[Any]) -> None:
+    for _ in items:
+        pass
+
+
+def _resident() -> int:
+    """Bytes of this process in memory (Linux); 0 where that is not to be had."""
+    try:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+    except (OSError, IndexError, ValueError):
+        return 0
+    import resource
+
+    return pages * resource.getpagesize()
+
+
+def report(result: dict[str, Any]) -> str:
+    """The measurements as a person reads them."""
+    rates, lines = (
+        result["samples_per_cpu_second"],
+        [f"{'samples per CPU second':26}" + "".join(f"{k:>12}" for k in result["ratio"])],
+    )
+    lines += [f"  {name:24}" + "".join(f"{rate:>12,.0f}" for rate in kinds.values()) for name, kinds in rates.items()]
+    lines.append(f"  {'ratio':24}" + "".join(f"{ratio:>12.1f}" for ratio in result["ratio"].values()))
+    lines.append(f"planning: {result['planning_us_per_document']:.2f} us of CPU per document")
+    for at, seconds in result["resume"].items():
+        lines.append(
+            f"resume after {at} documents: opened in {1e3 * seconds['open']:.0f} ms, first batch "
+            f"{1e3 * seconds['first_batch']:.0f} ms later; imports {1e3 * seconds['imports']:.0f} ms, "
+            f"whole process {1e3 * seconds['process']:.0f} ms"
+        )
+    lines.append(
+        f"resident memory: {result['resident_growth_bytes'] / 1e6:+.1f} MB over {result['resident_samples']:,d} samples"
+    )
+    return "\n".join(lines)

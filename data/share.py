@@ -1,0 +1,63 @@
+"""One reader per data-parallel coordinate: its model-parallel group plans alike, one rank reads, the others receive."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from .batch import Batch
+
+# Every field but the weights fits int64; positions in this order.
+_WHOLE = ("tokens", "labels", "modality_ids", "doc_ids", "position_ids")
+
+
+def is_reader(group: dist.ProcessGroup | None) -> bool:
+    """Whether this rank reads for its group (its first rank does); without a group every rank reads."""
+    return group is None or dist.get_group_rank(group, dist.get_rank()) == 0
+
+
+def share(rows: Batch | None, n_bad: int, *, shape: tuple[int, int], most: int, group: dist.ProcessGroup) -> Batch:
+    """The reader's rows on every rank of `group`: two broadcasts of fixed size, whatever the batch holds.
+
+    Args:
+        rows: the reader's batch; None on the others.
+        n_bad: bad samples that the reader met.
+        shape: rows and seq_len, as the plan has them on every rank.
+        most: documents per row that `cu_seqlens` has room for, also from the plan.
+        group: the model-parallel group.
+
+    Returns:
+        The batch; `n_bad` comes along as a tensor of one element under "n_bad".
+    """
+    device = "cuda" if dist.get_backend(group) == "nccl" else "cpu"
+    n, seq_len = shape
+    sizes = [n * seq_len] * len(_WHOLE) + [n * (most + 1), 1]
+    if rows is None:
+        whole = torch.empty(sum(sizes), dtype=torch.int64, device=device)
+        weights = torch.empty(shape, dtype=torch.float32, device=device)
+    else:
+        fields = [rows[name].reshape(-1) for name in _WHOLE]
+        whole = torch.cat([*fields, rows["cu_seqlens"].reshape(-1).long(), torch.tensor([n_bad])]).to(device)
+        weights = rows["loss_weight"].contiguous().to(device)
+    dist.broadcast(whole, group_src=0, group=group)
+    dist.broadcast(weights, group_src=0, group=group)
+    parts = torch.split(whole.cpu(), sizes)
+    batch = {name: part.reshape(shape).clone() for name, part in zip(_WHOLE, parts, strict=False)}
+    batch["loss_weight"] = weights.cpu()
+    batch["cu_seqlens"] = parts[-2].reshape(n, most + 1).to(torch.int32)
+    batch["n_bad"] = parts[-1]
+    return batch
+
+
+def same_everywhere(batch: Batch, group: dist.ProcessGroup) -> bool:
+    """Whether all ranks of `group` hold the same bits: a check for tests and for every so many steps."""
+    import zlib
+
+    total = 0
+    for name in sorted(batch):
+        total = zlib.crc32(np.ascontiguousarray(batch[name].numpy()).tobytes(), total)
+    device = "cuda" if dist.get_backend(group) == "nccl" else "cpu"
+    edges = torch.tensor([total, -total], dtype=torch.int64, device=device)
+    dist.all_reduce(edges, op=dist.ReduceOp.MAX, group=group)
+    return int(edges[0]) == -int(edges[1])
