@@ -34,8 +34,12 @@ quickstart: $(VENV)/.quickstart  ## the main job, end to end, on two CPU process
 test: $(VENV)/.dev  ## the suite that every commit passes
 	$(BIN)/python -m pytest -q -m "not full"
 
-test-full: $(VENV)/.dev  ## everything, minutes longer
-	$(BIN)/python -m pytest -q
+test-full: $(VENV)/.dev $(VENV)/.triton36  ## everything, minutes longer; the static gate also with Triton 3.6
+	TRITON_36=$(VENV)/triton36 $(BIN)/python -m pytest -q
+
+$(VENV)/.triton36: $(VENV)/.base
+	$(BIN)/pip install -q --no-deps --target $(VENV)/triton36 "triton==3.6.0"
+	touch $@
 
 check: $(VENV)/.dev  ## lint, format, types, architecture
 	$(BIN)/ruff check .

@@ -7,6 +7,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .operators import conv_forward, conv_step, use_triton
+
+LARGEST_WIDTH = 4  # of the Triton kernels
+
 
 def causal_conv1d(
     x: Tensor,
@@ -17,6 +21,7 @@ def causal_conv1d(
     seq_idx: Tensor | None = None,
     initial_state: Tensor | None = None,
     return_final_state: bool = False,
+    backend: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
     """y_t = act(bias + Σ_s weight[:, k−1−s] x_{t−s}), s = 0 … k−1, never across a document boundary.
 
@@ -27,6 +32,7 @@ def causal_conv1d(
         initial_state: (b, c, k−1), the inputs before position 0; it feeds the document at position 0 only.
         return_final_state: also return the last k−1 inputs up to the last token that is not padding, (b, c, k−1), zero
             where they belong to another document than that token.
+        backend: "torch", "triton" (width <= 4, no float64), or "auto": Triton for CUDA tensors that it takes.
 
     Returns:
         y (b, l, c) in x's dtype, or (y, final_state in x's dtype). Half precisions accumulate in float32,
@@ -44,20 +50,35 @@ def causal_conv1d(
         raise ValueError(f"seq_idx is {seq_idx.dtype} {tuple(seq_idx.shape)}, expected integers ({b}, {l})")
     if initial_state is not None and tuple(initial_state.shape) != (b, c, width - 1):
         raise ValueError(f"initial_state has shape {tuple(initial_state.shape)}, expected ({b}, {c}, {width - 1})")
+    triton = use_triton(backend, _tensors(x, weight, bias, initial_state), _width_limit(width))
     runs = valid = None
     if seq_idx is not None:
         valid = seq_idx >= 0
         changes = torch.zeros_like(valid)
         changes[:, 1:] = seq_idx[:, 1:] != seq_idx[:, :-1]
         runs = changes.cumsum(dim=1)
-    y = _CausalConv.apply(x, weight, bias, initial_state, runs, valid, activation == "silu")
+    if triton:
+        code = (
+            None if runs is None or valid is None else (2 * runs + (~valid).to(runs.dtype)).to(torch.int32).contiguous()
+        )
+        y = conv_forward(x, weight, bias, initial_state, code, activation == "silu")
+    else:
+        y = _CausalConv.apply(x, weight, bias, initial_state, runs, valid, activation == "silu")
     return (y, _final_state(x, initial_state, runs, valid, width)) if return_final_state else y
 
 
 def causal_conv1d_step(
-    x: Tensor, state: Tensor, weight: Tensor, bias: Tensor | None = None, *, activation: str | None = "silu"
+    x: Tensor,
+    state: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    activation: str | None = "silu",
+    backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """One token: x (b, c) and the k−1 inputs before it, state (b, c, k−1) -> (y (b, c), the new state).
+
+    ``backend`` as in :func:`causal_conv1d`; the Triton kernel of one token has no gradients.
 
     Raises:
         ValueError: shapes or an activation that do not fit.
@@ -68,6 +89,11 @@ def causal_conv1d_step(
     _check_weight(weight, bias, c, activation)
     if tuple(state.shape) != (b, c, weight.shape[1] - 1):
         raise ValueError(f"state has shape {tuple(state.shape)}, expected ({b}, {c}, {weight.shape[1] - 1})")
+    tensors = {**_tensors(x, weight, bias, None), "state": state}
+    gradients = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors.values())
+    limit = "the step has no gradients there" if gradients else _width_limit(weight.shape[1])
+    if use_triton(backend, tensors, limit):
+        return conv_step(x, state, weight, bias, activation == "silu")
     dtype = torch.promote_types(x.dtype, torch.float32)
     window = torch.cat([state, x.to(state.dtype).unsqueeze(-1)], dim=-1)
     y = (window.to(dtype) * weight.to(dtype)).sum(dim=-1)
@@ -75,6 +101,14 @@ def causal_conv1d_step(
         y = y + bias.to(dtype)
     y = F.silu(y) if activation == "silu" else y
     return y.to(x.dtype), window[..., 1:]
+
+
+def _tensors(x: Tensor, weight: Tensor, bias: Tensor | None, initial: Tensor | None) -> dict[str, Tensor | None]:
+    return {"x": x, "weight": weight, "bias": bias, "initial_state": initial}
+
+
+def _width_limit(width: int) -> str | None:
+    return None if width <= LARGEST_WIDTH else f"weight has width {width}, expected at most {LARGEST_WIDTH}"
 
 
 def _check_weight(weight: Tensor, bias: Tensor | None, channels: int, activation: str | None) -> None:

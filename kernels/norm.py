@@ -7,28 +7,58 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .operators import LARGEST_GROUP, norm_forward, use_triton
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-5) -> Tensor:
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-5, *, backend: str = "auto") -> Tensor:
     """x / sqrt(mean(x²) + eps) · weight over the last dimension (Zhang and Sennrich 2019).
 
     Args:
         x: (..., d). weight: (d,).
+        backend: "torch", "triton" (groups up to 16,384 channels, no float64), or "auto": Triton for CUDA tensors that
+            it takes.
 
     Returns:
         Like x; half precisions are computed in float32, float64 stays.
 
     Raises:
-        ValueError: weight is not (d,).
+        ValueError: weight is not (d,), or a backend that does not take these arguments.
     """
     _check(x, None, weight, x.shape[-1])
+    if use_triton(backend, {"x": x, "weight": weight}, _limit(x, x.shape[-1])):
+        return norm_forward(x, None, None, weight, x.shape[-1], eps)[0]
     return _RMSNorm.apply(x, None, weight, x.shape[-1], eps)
 
 
-def gated_rms_norm(x: Tensor, z: Tensor, weight: Tensor, *, group_size: int, eps: float = 1e-5) -> Tensor:
+def rms_norm_residual(
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float = 1e-5, *, backend: str = "auto"
+) -> tuple[Tensor, Tensor]:
+    """The pre-norm of a residual stream in one pass: s = x + residual, y = rms_norm(s)·weight.
+
+    Args:
+        x: (..., d). residual: like x, in its own dtype. weight: (d,). backend: as in :func:`rms_norm`.
+
+    Returns:
+        (y in x's dtype, s in the residual's dtype); y is the norm of s as it was rounded.
+
+    Raises:
+        ValueError: shapes or a backend that do not fit.
+    """
+    _check(x, residual, weight, x.shape[-1], "residual")
+    if use_triton(backend, {"x": x, "residual": residual, "weight": weight}, _limit(x, x.shape[-1])):
+        y, summed, _ = norm_forward(x, None, residual, weight, x.shape[-1], eps)
+        return y, summed
+    summed = (x.to(torch.promote_types(x.dtype, residual.dtype)) + residual).to(residual.dtype)
+    return _RMSNorm.apply(summed, None, weight, x.shape[-1], eps).to(x.dtype), summed
+
+
+def gated_rms_norm(
+    x: Tensor, z: Tensor, weight: Tensor, *, group_size: int, eps: float = 1e-5, backend: str = "auto"
+) -> Tensor:
     """RMSNorm of x·silu(z), each contiguous group of ``group_size`` channels by itself (Mamba-2: gate before norm).
 
     Args:
-        x, z: (..., d). weight: (d,). group_size: divides d.
+        x, z: (..., d). weight: (d,). group_size: divides d. backend: as in :func:`rms_norm`.
 
     Returns:
         Like x; half precisions are computed in float32, float64 stays.
@@ -37,14 +67,25 @@ def gated_rms_norm(x: Tensor, z: Tensor, weight: Tensor, *, group_size: int, eps
         ValueError: shapes or group_size that do not fit.
     """
     _check(x, z, weight, group_size)
+    if use_triton(backend, {"x": x, "z": z, "weight": weight}, _limit(x, group_size)):
+        return norm_forward(x, z, None, weight, group_size, eps)[0]
     return _RMSNorm.apply(x, z, weight, group_size, eps)
 
 
-def _check(x: Tensor, z: Tensor | None, weight: Tensor, group_size: int) -> None:
+def _limit(x: Tensor, group_size: int) -> str | None:
+    """What the Triton kernels do not take."""
+    if x.numel() == 0:
+        return f"x has no elements (shape {tuple(x.shape)})"
+    if group_size > LARGEST_GROUP:
+        return f"{group_size} channels per group, expected at most {LARGEST_GROUP}"
+    return None
+
+
+def _check(x: Tensor, z: Tensor | None, weight: Tensor, group_size: int, other: str = "z") -> None:
     if x.dim() == 0 or tuple(weight.shape) != (x.shape[-1],):
         raise ValueError(f"weight has shape {tuple(weight.shape)}, expected the last dimension of x {tuple(x.shape)}")
     if z is not None and z.shape != x.shape:
-        raise ValueError(f"z has shape {tuple(z.shape)}, expected that of x {tuple(x.shape)}")
+        raise ValueError(f"{other} has shape {tuple(z.shape)}, expected that of x {tuple(x.shape)}")
     if group_size < 1 or x.shape[-1] % group_size:
         raise ValueError(f"group_size {group_size} does not divide the {x.shape[-1]} channels")
 

@@ -2,5 +2,16 @@
 
 from .api import ssd, ssd_core, ssd_step
 from .reference import ssd_matrix, ssd_reference
+from .segments import Segment, combine, enter, summarise
 
-__all__ = ["ssd", "ssd_core", "ssd_matrix", "ssd_reference", "ssd_step"]
+__all__ = [
+    "Segment",
+    "combine",
+    "enter",
+    "ssd",
+    "ssd_core",
+    "ssd_matrix",
+    "ssd_reference",
+    "ssd_step",
+    "summarise",
+]

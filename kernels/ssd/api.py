@@ -6,10 +6,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..operators import use_triton
 from .chunked import chunked_scan
 from .inputs import (
     FULL_DT_RANGE,
     accumulation_dtype,
+    check_discretisation,
     check_groups,
     check_scan_shapes,
     discretise,
@@ -17,6 +19,7 @@ from .inputs import (
     resolve_seq_idx,
     segment_numbers,
 )
+from .operators import refusal, scan_step, segment_code, triton_chunks, triton_scan
 
 
 def ssd(
@@ -36,6 +39,7 @@ def ssd(
     seq_idx: Tensor | None = None,
     cu_seqlens: Tensor | Sequence[int] | None = None,
     return_final_states: bool = False,
+    save_states: bool = False,
     backend: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
     """State-space duality in Mamba-2's terms: h_t = exp(dt_t A) h_{t-1} + dt_t x_t ⊗ B_t, y_t = h_t C_t.
@@ -44,7 +48,8 @@ def ssd(
 
     Args:
         x: (b, l, h, p), any l >= 1. dt: (b, l, h). A: (h,), negative. B, C: (b, l, g, n), g divides h.
-        chunk_size: upper bound of the tokens per chunk; it changes speed, and results only by rounding.
+        chunk_size: upper bound of the tokens per chunk (the Triton path on a GPU takes its table's instead); it changes
+            speed, and results only by rounding.
         D: (h,), adds D·x. z: like x, multiplies the output by silu(z). dt_bias: (h,) or (b, l, h).
         dt_softplus, dt_limit: dt <- clamp(softplus(dt + dt_bias), *dt_limit).
         initial_states: (b, h, p, n), the state before the first segment.
@@ -52,7 +57,13 @@ def ssd(
             state unchanged, wherever it stands. What padding holds must be finite.
         cu_seqlens: cumulative document lengths [0, …, l], only with b == 1 and without seq_idx; documents may be empty.
         return_final_states: also return the state after the last token, (b, h, p, n), in the accumulation dtype.
-        backend: "auto" or "torch".
+        save_states: Triton path: keep the states that enter each chunk for the backward, or compute them again
+            there (the default: less memory, and by bytes as fast).
+        backend: "torch", "triton" (head_dim <= 128, state <= 256, no float64), or "auto": Triton for CUDA tensors that
+            it takes, torch otherwise.
+
+    FLOPs of the Triton path, chunks of Q: forward 2·b·l·(g·Q·n + h·p·(Q + 2n)), backward about 2.7 times that. Bytes:
+    x, y, B, C, dt once, the chunk states b·l/Q·h·p·n twice; in the backward x and dy three times, the states twice.
 
     Returns:
         y like x, or (y, final_states). Half precisions accumulate in float32, float64 stays float64. Gradients reach
@@ -61,13 +72,27 @@ def ssd(
     Raises:
         ValueError: a shape, document description, dt_limit, chunk_size or backend that does not fit.
     """
-    check_backend(backend)
     check_scan_shapes(x, {"dt": dt}, B, C)
     expect_shape("z", z, tuple(x.shape))
     seq_idx = resolve_seq_idx(seq_idx, cu_seqlens, x)
     dtype = accumulation_dtype(x, dt, A, B, C, initial_states)
-    log_decay, scale = discretise(dt, A, dt_bias, dt_softplus, dt_limit, dtype)
-    y, final = _core(x, log_decay, scale, B, C, D, initial_states, seq_idx, chunk_size)
+    tensors = {"x": x, "dt": dt, "A": A, "B": B, "C": C, "D": D, "dt_bias": dt_bias, "initial_states": initial_states}
+    if use_triton(backend, tensors, refusal(tensors)):
+        check_discretisation(dt, A, dt_bias, dt_limit)
+        _check_core(x, B, D, initial_states, chunk_size)
+        if dt_bias is not None and dt_bias.dim() == 3:
+            dt, dt_bias = dt.to(dtype) + dt_bias.to(dtype), None
+        y, final = triton_scan(
+            *(x, dt, A, dt_bias, B, C, D, initial_states, segment_code(seq_idx)),
+            chunks=triton_chunks(x, B, C, chunk_size, save_states),
+            discretise=True,
+            softplus=dt_softplus,
+            dt_limit=(float(dt_limit[0]), float(dt_limit[1])),
+            save_states=save_states,
+        )
+    else:
+        log_decay, scale = discretise(dt, A, dt_bias, dt_softplus, dt_limit, dtype)
+        y, final = _core(x, log_decay, scale, B, C, D, initial_states, seq_idx, chunk_size)
     if z is not None:
         y = y * F.silu(z.to(dtype))
     y = y.to(x.dtype)
@@ -86,6 +111,8 @@ def ssd_core(
     seq_idx: Tensor | None = None,
     chunk_size: int = 64,
     return_final_states: bool = False,
+    save_states: bool = False,
+    backend: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
     """The scan under every parameterisation: h_t = exp(log_decay_t) h_{t-1} + scale_t x_t ⊗ B_t, y_t = h_t C_t + D x_t.
 
@@ -103,7 +130,17 @@ def ssd_core(
     """
     check_scan_shapes(x, {"log_decay": log_decay, "scale": scale}, B, C)
     seq_idx = resolve_seq_idx(seq_idx, None, x)
-    y, final = _core(x, log_decay, scale, B, C, D, initial_states, seq_idx, chunk_size)
+    tensors = {"x": x, "log_decay": log_decay, "scale": scale, "B": B, "C": C, "D": D, "initial_states": initial_states}
+    if use_triton(backend, tensors, refusal(tensors)):
+        _check_core(x, B, D, initial_states, chunk_size)
+        y, final = triton_scan(
+            *(x, log_decay, scale, None, B, C, D, initial_states, segment_code(seq_idx)),
+            chunks=triton_chunks(x, B, C, chunk_size, save_states),
+            discretise=False,
+            save_states=save_states,
+        )
+    else:
+        y, final = _core(x, log_decay, scale, B, C, D, initial_states, seq_idx, chunk_size)
     y = y.to(x.dtype)
     return (y, final) if return_final_states else y
 
@@ -121,12 +158,14 @@ def ssd_step(
     dt_bias: Tensor | None = None,
     dt_softplus: bool = False,
     dt_limit: tuple[float, float] = FULL_DT_RANGE,
+    backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """One token of decoding by the recurrence; ``state`` is not written to.
 
     Args:
         state: (b, h, p, n). x: (b, h, p). dt: (b, h). A: (h,). B, C: (b, g, n). D: (h,). z: like x.
         dt_bias: (h,) or (b, h). dt_softplus, dt_limit: as in :func:`ssd`.
+        backend: as in :func:`ssd`; the Triton kernel has no gradients.
 
     Returns:
         (y (b, h, p) in x's dtype, the new state in the state's dtype).
@@ -146,6 +185,11 @@ def ssd_step(
     expect_shape("state", state, (b, h, p, n))
     expect_shape("z", z, (b, h, p))
     expect_shape("D", D, (h,))
+    low, high = check_discretisation(dt, A, dt_bias, dt_limit)
+    tensors = {"x": x, "state": state, "dt": dt, "A": A, "B": B, "C": C, "D": D, "z": z, "dt_bias": dt_bias}
+    gradients = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors.values())
+    if use_triton(backend, tensors, "the step has no gradients there" if gradients else refusal(tensors)):
+        return scan_step(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus, low, high)
     dtype = accumulation_dtype(state, x, dt, A, B, C)
     log_decay, scale = discretise(dt, A, dt_bias, dt_softplus, dt_limit, dtype)
     B_heads, C_heads = (t.to(dtype).repeat_interleave(h // groups, dim=1) for t in (B, C))
@@ -160,12 +204,12 @@ def ssd_step(
     return y.to(x.dtype), new_state.to(state.dtype)
 
 
-def check_backend(backend: str) -> None:
-    """Accept the backends that this version has; refuse the others by name."""
-    if backend == "triton":
-        raise ValueError("backend='triton': this version has no Triton kernel for SSD; accepted are 'auto' and 'torch'")
-    if backend not in ("auto", "torch"):
-        raise ValueError(f"backend={backend!r} is unknown; accepted are 'auto' and 'torch'")
+def _check_core(x: Tensor, B: Tensor, D: Tensor | None, initial_states: Tensor | None, chunk_size: int) -> None:
+    b, _, h, p = x.shape
+    expect_shape("D", D, (h,))
+    expect_shape("initial_states", initial_states, (b, h, p, B.shape[3]))
+    if chunk_size < 1:
+        raise ValueError(f"chunk_size is {chunk_size}, expected at least 1")
 
 
 def _core(
@@ -180,11 +224,8 @@ def _core(
     chunk_size: int,
 ) -> tuple[Tensor, Tensor]:
     """Padding, segments and the D skip around the chunked scan; y in the accumulation dtype."""
-    b, l, h, p = x.shape
-    expect_shape("D", D, (h,))
-    expect_shape("initial_states", initial_states, (b, h, p, B.shape[3]))
-    if chunk_size < 1:
-        raise ValueError(f"chunk_size is {chunk_size}, expected at least 1")
+    b, l = x.shape[:2]
+    _check_core(x, B, D, initial_states, chunk_size)
     segments = None
     skip = None if D is None else D[:, None]
     if seq_idx is not None:

@@ -97,6 +97,9 @@ def chunked_scan(
     Returns:
         (y (b, l, h, p), final states (b, h, p, n)), both in the accumulation dtype.
     """
+    if torch.compiler.is_compiling():
+        y, final, _ = chunked_forward(x, log_decay, scale, B, C, initial_states, segments, chunk)
+        return y, final
     return _ChunkedScan.apply(x, log_decay, scale, B, C, initial_states, segments, chunk)
 
 
@@ -115,35 +118,164 @@ class _ChunkedScan(torch.autograd.Function):
         segments: Tensor | None,
         chunk: int,
     ) -> tuple[Tensor, Tensor]:
-        dtype = accumulation_dtype(x, log_decay, scale, B, C, initial_states)
-        (b, l, h, p), (g, n) = x.shape, B.shape[2:]
-        sizes = _Sizes(b, l // chunk, chunk, g, h // g, p, n)
-        with torch.autocast(x.device.type, enabled=False):  # it would undo the accumulation dtype
-            inputs = _prepare(x, scale, B, C, sizes, dtype)
-            decays = _decays(log_decay.to(dtype), segments, sizes)
-            states, final = _states(inputs, initial_states, decays, sizes)
-            y = _outputs(inputs, states, decays, sizes)
+        y, final, states = _scan(x, log_decay, scale, B, C, initial_states, segments, chunk)
         ctx.save_for_backward(x, log_decay, scale, B, C, initial_states, segments, states)
-        ctx.sizes = sizes
+        ctx.chunk = chunk
         ctx.set_materialize_grads(False)
-        return y.view(b, l, h, p), final
+        return y, final
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor | None, dfinal: Tensor | None) -> tuple[Tensor | None, ...]:
-        x, log_decay, scale, B, C, initial_states, segments, states = ctx.saved_tensors
-        sizes, dtype = ctx.sizes, states.dtype
         if dy is None and dfinal is None:
             return (None,) * 8
-        dy = torch.zeros(x.shape, dtype=dtype, device=x.device) if dy is None else dy
-        with torch.autocast(x.device.type, enabled=False):
-            inputs = _prepare(x, scale, B, C, sizes, dtype)
-            decays = _decays(log_decay.to(dtype), segments, sizes)
-            dyf = dy.to(dtype).reshape(inputs.x.shape)
-            dleft, dinitial = _state_gradients(dyf, inputs, dfinal, decays, sizes)
-            grads = _input_gradients(dyf, inputs, states, dleft, decays, sizes)
-        shaped = [grad.reshape(t.shape).to(t.dtype) for grad, t in zip(grads, (x, log_decay, scale, B, C), strict=True)]
-        return (*shaped, None if initial_states is None else dinitial.to(initial_states.dtype), None, None)
+        saved = ctx.saved_tensors  # once: a checkpoint lets them be unpacked only once
+        *grads, dinitial = _scan_gradients(dy, dfinal, *saved, chunk=ctx.chunk)
+        return (*grads, None if saved[5] is None else dinitial, None, None)
+
+
+def _scan(
+    x: Tensor,
+    log_decay: Tensor,
+    scale: Tensor,
+    B: Tensor,
+    C: Tensor,
+    initial_states: Tensor | None,
+    segments: Tensor | None,
+    chunk: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(y, final states, the states that enter each chunk (b·chunks, h, p, n))."""
+    dtype = accumulation_dtype(x, log_decay, scale, B, C, initial_states)
+    sizes = _sizes(x, B, chunk)
+    with torch.autocast(x.device.type, enabled=False):  # it would undo the accumulation dtype
+        inputs = _prepare(x, scale, B, C, sizes, dtype)
+        decays = _decays(log_decay.to(dtype), segments, sizes)
+        states, final = _states(inputs, initial_states, decays, sizes)
+        y = _outputs(inputs, states, decays, sizes)
+    return y.view(x.shape), final, states
+
+
+def _scan_gradients(
+    dy: Tensor | None,
+    dfinal: Tensor | None,
+    x: Tensor,
+    log_decay: Tensor,
+    scale: Tensor,
+    B: Tensor,
+    C: Tensor,
+    initial_states: Tensor | None,
+    segments: Tensor | None,
+    states: Tensor,
+    *,
+    chunk: int,
+) -> tuple[Tensor, ...]:
+    """Gradients of x, log_decay, scale, B, C and the initial states, each in the dtype of what it is for."""
+    sizes, dtype = _sizes(x, B, chunk), states.dtype
+    dy = torch.zeros(x.shape, dtype=dtype, device=x.device) if dy is None else dy
+    with torch.autocast(x.device.type, enabled=False):
+        inputs = _prepare(x, scale, B, C, sizes, dtype)
+        decays = _decays(log_decay.to(dtype), segments, sizes)
+        dyf = dy.to(dtype).reshape(inputs.x.shape)
+        dleft, dinitial = _state_gradients(dyf, inputs, dfinal, decays, sizes)
+        grads = _input_gradients(dyf, inputs, states, dleft, decays, sizes)
+    shaped = [grad.reshape(t.shape).to(t.dtype) for grad, t in zip(grads, (x, log_decay, scale, B, C), strict=True)]
+    return (*shaped, dinitial if initial_states is None else dinitial.to(initial_states.dtype))
+
+
+def _sizes(x: Tensor, B: Tensor, chunk: int) -> _Sizes:
+    (b, l, h, p), (g, n) = x.shape, B.shape[2:]
+    return _Sizes(b, l // chunk, chunk, g, h // g, p, n)
+
+
+# The same scan as operators, opaque to torch.compile. Eager calls take the autograd function: fewer layers per call.
+@torch.library.custom_op("polylepis::chunked_forward", mutates_args=())
+def chunked_forward(
+    x: Tensor,
+    log_decay: Tensor,
+    scale: Tensor,
+    B: Tensor,
+    C: Tensor,
+    initial_states: Tensor | None,
+    segments: Tensor | None,
+    chunk: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(y, final states, the states that enter each chunk (b·chunks, h, p, n))."""
+    y, final, states = _scan(x, log_decay, scale, B, C, initial_states, segments, chunk)
+    return y, final, states.clone()  # a view of the line of slots
+
+
+@chunked_forward.register_fake
+def _(
+    x: Tensor,
+    log_decay: Tensor,
+    scale: Tensor,
+    B: Tensor,
+    C: Tensor,
+    initial_states: Tensor | None,
+    segments: Tensor | None,
+    chunk: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    (b, l, h, p), n = x.shape, B.shape[3]
+    y = x.new_empty(b, l, h, p, dtype=accumulation_dtype(x, log_decay, scale, B, C, initial_states))
+    return y, y.new_empty(b, h, p, n), y.new_empty(b * (l // chunk), h, p, n)
+
+
+@torch.library.custom_op("polylepis::chunked_backward", mutates_args=())
+def chunked_backward(
+    dy: Tensor | None,
+    dfinal: Tensor | None,
+    x: Tensor,
+    log_decay: Tensor,
+    scale: Tensor,
+    B: Tensor,
+    C: Tensor,
+    initial_states: Tensor | None,
+    segments: Tensor | None,
+    states: Tensor,
+    chunk: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x, log_decay, scale, B, C and the initial states."""
+    grads = _scan_gradients(dy, dfinal, x, log_decay, scale, B, C, initial_states, segments, states, chunk=chunk)
+    dx, ddecay, dscale, dB, dC, dinitial = (grad.contiguous() for grad in grads)
+    return dx, ddecay, dscale, dB, dC, dinitial
+
+
+@chunked_backward.register_fake
+def _(
+    dy: Tensor | None,
+    dfinal: Tensor | None,
+    x: Tensor,
+    log_decay: Tensor,
+    scale: Tensor,
+    B: Tensor,
+    C: Tensor,
+    initial_states: Tensor | None,
+    segments: Tensor | None,
+    states: Tensor,
+    chunk: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    (b, _, h, p), n = x.shape, B.shape[3]
+    initial = states.new_empty(b, h, p, n) if initial_states is None else initial_states
+    dx, ddecay, dscale, dB, dC, dinitial = (t.new_empty(t.shape) for t in (x, log_decay, scale, B, C, initial))
+    return dx, ddecay, dscale, dB, dC, dinitial
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    *tensors, ctx.chunk = inputs
+    ctx.mark_non_differentiable(output[2])
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*tensors, output[2])
+
+
+def _operator_gradients(ctx: Any, dy: Tensor | None, dfinal: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
+    if dy is None and dfinal is None:
+        return (None,) * 8
+    saved = ctx.saved_tensors
+    *grads, dinitial = chunked_backward(dy, dfinal, *saved, ctx.chunk)
+    return (*grads, None if saved[5] is None else dinitial, None, None)
+
+
+chunked_forward.register_autograd(_operator_gradients, setup_context=_setup)
 
 
 def _prepare(x: Tensor, scale: Tensor, B: Tensor, C: Tensor, sizes: _Sizes, dtype: torch.dtype) -> _Inputs:

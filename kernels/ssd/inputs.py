@@ -61,11 +61,7 @@ def discretise(
     Args:
         dt: (..., h). A: (h,). dt_bias: (h,) or the shape of dt. dtype: in which the result is computed.
     """
-    expect_shape("A", A, (dt.shape[-1],))
-    expect_shape("dt_bias", dt_bias, (dt.shape[-1],), tuple(dt.shape))
-    low, high = float(dt_limit[0]), float(dt_limit[1])
-    if math.isnan(low) or math.isnan(high) or low < 0 or low > high:
-        raise ValueError(f"dt_limit is ({low}, {high}), expected 0 <= low <= high")
+    low, high = check_discretisation(dt, A, dt_bias, dt_limit)
     scale = dt.to(dtype)
     if dt_bias is not None:
         scale = scale + dt_bias.to(dtype)
@@ -75,6 +71,18 @@ def discretise(
     if not (dt_softplus and (low, high) == FULL_DT_RANGE):
         scale = scale.clamp(low, high)
     return scale * A.to(dtype), scale
+
+
+def check_discretisation(
+    dt: Tensor, A: Tensor, dt_bias: Tensor | None, dt_limit: tuple[float, float]
+) -> tuple[float, float]:
+    """Check the arguments of :func:`discretise`; returns dt_limit."""
+    expect_shape("A", A, (dt.shape[-1],))
+    expect_shape("dt_bias", dt_bias, (dt.shape[-1],), tuple(dt.shape))
+    low, high = float(dt_limit[0]), float(dt_limit[1])
+    if math.isnan(low) or math.isnan(high) or low < 0 or low > high:
+        raise ValueError(f"dt_limit is ({low}, {high}), expected 0 <= low <= high")
+    return low, high
 
 
 def segment_numbers(seq_idx: Tensor) -> tuple[Tensor, Tensor]:

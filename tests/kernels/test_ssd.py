@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from polylepis.kernels.ssd import ssd, ssd_core, ssd_matrix, ssd_reference, ssd_step
 
@@ -313,6 +314,34 @@ def test_autocast_does_not_lower_the_accumulation() -> None:
     assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
 
 
+def test_compiles_into_one_graph() -> None:
+    t = draw(2, 37, 4, 5, 2, 3, torch.float32)
+    ids = packed((0, 20), (-1, 2), (1, 15)).expand(2, -1)
+    compiled = torch.compile(ssd, fullgraph=True, backend="aot_eager")
+    for seq_idx in (None, ids):
+        got = run(compiled, t, chunk_size=16, seq_idx=seq_idx)
+        assert_close(got, run(ssd, t, chunk_size=16, seq_idx=seq_idx), 1e-6)
+
+
+def test_recomputed_under_a_checkpoint() -> None:
+    t = draw(1, 37, 4, 5, 2, 3)
+
+    def recomputed(**kw: Any) -> Any:
+        return checkpoint(ssd, use_reentrant=False, **kw)
+
+    for a, b in zip(run(recomputed, t), run(ssd, t), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_opcheck(dtype: torch.dtype) -> None:
+    t = draw(2, 32, 4, 5, 2, 3, dtype)
+    segments = (torch.arange(32) > 19).long().expand(2, -1)
+    operator = torch.ops.polylepis.chunked_forward.default
+    for rest in ((t["initial_states"], segments), (None, None)):
+        torch.library.opcheck(operator, (t["x"], t["dt"], t["dt"], t["B"], t["C"], *rest, 16))
+
+
 def test_step_keeps_the_states_dtype() -> None:
     t = draw(3, 1, 4, 5, 2, 3, torch.bfloat16)
     state = t.pop("initial_states").detach().float()
@@ -327,7 +356,7 @@ def test_refusals() -> None:
     x, dt, A, B, C = (t[k] for k in ("x", "dt", "A", "B", "C"))
     ids = torch.zeros(1, 6, dtype=torch.int64)
     cases: list[tuple[dict[str, Any], str]] = [
-        ({"backend": "triton"}, "no Triton kernel for SSD; accepted are 'auto' and 'torch'"),
+        ({"backend": "triton"}, "backend='triton': x is on cpu, expected a CUDA tensor"),
         ({"backend": "cuda"}, "backend='cuda' is unknown"),
         ({"chunk_size": 0}, "chunk_size is 0"),
         ({"x": x[:, :0]}, "length 0"),

@@ -1,0 +1,264 @@
+"""The kernels on a GPU: correctness, then times beside the roofline and beside peers. One call, at most 8 minutes.
+
+    python -m benchmarks.gpu [--peers DIR] [--out benchmarks/results]
+    python -m benchmarks.gpu --tune          # times the launch candidates and rewrites kernels/ssd/triton_table.py
+    TRITON_INTERPRET=1 python -m benchmarks.gpu --rehearse     # the same code on a CPU, tiny, writes nothing
+
+DIR holds checkouts or installations of mamba_ssm, fla and causal_conv1d; each peer runs in a process of its own. A case
+that does not fit the device's memory or the time left is written down as such. Needs torch >= 2.11, Triton >= 3.6.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .gpu_cases import LIBRARIES, MODULES, Sizes, least_bytes
+from .gpu_checks import check_all
+from .gpu_tune import tune
+
+ROOT = Path(__file__).parent.parent
+SECONDS = 480
+LENGTHS, BATCHES = (4096, 16384, 131072), (1, 4)
+TINY = {"d": 16, "h": 2, "p": 8, "g": 1, "n": 8}
+# Issue 3, H200, bfloat16, per 4,096-token sequence, in microseconds
+TARGETS = {("scan", "forward"): 130.0, ("scan", "backward"): 330.0}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--peers", type=Path, metavar="DIR")
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
+    parser.add_argument("--tune", action="store_true")
+    parser.add_argument("--rehearse", action="store_true")
+    parser.add_argument("--library", choices=LIBRARIES, help=argparse.SUPPRESS)
+    parser.add_argument("--result", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--until", type=float, default=0.0, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if not args.rehearse and not torch.cuda.is_available():
+        sys.exit("benchmarks.gpu needs a CUDA device; TRITON_INTERPRET=1 … --rehearse runs it on the CPU, tiny")
+    device = torch.device("cpu" if args.rehearse else "cuda")
+    if args.library:
+        time_library(args.library, device, args.rehearse, args.until, args.result)
+    elif args.tune:
+        tune(device, args.rehearse)
+    else:
+        report(args, device)
+
+
+def report(args: argparse.Namespace, device: torch.device) -> None:
+    """Everything, then one JSON and one Markdown file."""
+    start = time.time()
+    deadline = start + SECONDS - 20
+    result: dict[str, Any] = {"facts": facts(device), "checks": check_all(device), "times": []}
+    found = ["polylepis", *(name for name, module in MODULES.items() if _has(module, args.peers))]
+    if device.type == "cuda":
+        torch.cuda.empty_cache()  # the cases run in other processes
+    result["absent"] = [name for name in MODULES if name not in found]
+    for position, name in enumerate(found):
+        # ours first; what is left of the time is shared by the peers
+        share = (deadline - time.time()) / (2 if position == 0 and len(found) > 1 else len(found) - position)
+        rows, error = run_library(name, args, time.time() + share, share + 15)
+        result["times"] += rows
+        if error:
+            result.setdefault("errors", {})[name] = error
+    result["seconds"] = round(time.time() - start, 1)
+    text = render(result)
+    print(text)
+    if not args.rehearse:
+        args.out.mkdir(parents=True, exist_ok=True)
+        stem = "gpu_" + "".join(c if c.isalnum() else "_" for c in result["facts"]["device"].lower())
+        (args.out / f"{stem}.json").write_text(json.dumps(result, indent=2) + "\n")
+        (args.out / f"{stem}.md").write_text(text)
+
+
+def run_library(name: str, args: argparse.Namespace, until: float, limit: float) -> tuple[list[dict[str, Any]], str]:
+    """(times, error) of one library in a process of its own."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "result.json"
+        command = [sys.executable, "-m", "benchmarks.gpu", "--library", name, "--result", str(file)]
+        command += ["--until", str(until), *(["--rehearse"] if args.rehearse else [])]
+        paths = _paths(args.peers) if name in MODULES else []
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join([*paths, os.environ.get("PYTHONPATH", "")])}
+        try:
+            done = subprocess.run(
+                command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=max(limit, 30)
+            )
+            error = done.stderr.strip()[-800:] if done.returncode else ""
+        except subprocess.TimeoutExpired:
+            error = "ran past its time and was stopped"
+        return (json.loads(file.read_text()) if file.exists() else []), error
+
+
+def time_library(name: str, device: torch.device, rehearse: bool, until: float, result: Path) -> None:
+    """One row per case and sizes, written after each; small problems first, so that a cut costs the largest only."""
+    rows: list[dict[str, Any]] = []
+    sizes = [Sizes(b, l) for l in LENGTHS for b in BATCHES]
+    if rehearse:
+        sizes = [Sizes(1, 20, **TINY)]
+    for s in sorted(sizes, key=lambda s: s.b * s.l):
+        for case, build in LIBRARIES[name].items():
+            row: dict[str, Any] = {"library": name, "case": case, "length": s.l, "batch": s.b}
+            try:
+                if time.time() > until:
+                    raise TimeoutError("no time left")
+                row |= time_case(build(s, device, torch.bfloat16 if device.type == "cuda" else torch.float32), device)
+            except torch.OutOfMemoryError:
+                row["error"] = "out of memory"
+            except Exception as error:  # a peer that fails is a result, too
+                row["error"] = f"{type(error).__name__}: {error}"[:300]
+            for direction, size in zip(("forward", "backward"), least_bytes(case, s), strict=True):
+                row[f"{direction}_bytes"] = size
+            rows.append(row)
+            result.write_text(json.dumps(rows))
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
+
+
+def time_case(built: tuple[Callable[[], Any], list[torch.Tensor]], device: torch.device) -> dict[str, float]:
+    """Median microseconds of the forward (with autograd's graph) and of the backward; seconds of the first step."""
+    forward, inputs = built
+    begin = time.time()
+    out = forward()
+    dy = torch.randn_like(out)
+
+    def backward() -> None:
+        torch.autograd.grad(out, inputs, dy, retain_graph=True)
+
+    backward()
+    _wait(device)
+    cold = time.time() - begin
+    result = {"first_step_s": round(cold, 2)}
+    for name, function in (("forward", forward), ("backward", backward)):
+        result[f"{name}_us"] = round(median_us(function, device), 1)
+    return result
+
+
+def median_us(function: Callable[[], Any], device: torch.device, budget: float = 1.5) -> float:
+    """Median over at most 50 runs in at most ``budget`` seconds, after three to warm up."""
+    if device.type == "cpu":
+        begin = time.perf_counter()
+        function()
+        return (time.perf_counter() - begin) * 1e6
+    for _ in range(3):
+        function()
+    flush = torch.empty(1 << 28, dtype=torch.int8, device=device)  # larger than the second-level cache
+    samples, until = [], time.time() + budget
+    while len(samples) < 50 and (time.time() < until or len(samples) < 3):
+        flush.zero_()
+        first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        first.record()
+        function()
+        last.record()
+        last.synchronize()
+        samples.append(first.elapsed_time(last) * 1e3)
+    return statistics.median(samples)
+
+
+def facts(device: torch.device) -> dict[str, Any]:
+    """What the figures depend on, the bandwidth of a large copy among them."""
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
+
+    commit = git("rev-parse", "--short", "HEAD") or "none"
+    if git("status", "--porcelain", "--", "kernels"):
+        commit += " (with uncommitted changes)"
+    known = importlib.util.find_spec("triton") is not None
+    return {
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else "CPU, rehearsal",
+        "torch": torch.__version__,
+        "triton": __import__("triton").__version__ if known else "none",
+        "commit": commit,
+        "command": " ".join(["python -m benchmarks.gpu", *sys.argv[1:]]),
+        "copy_TB_s": copy_bandwidth(device),
+    }
+
+
+def copy_bandwidth(device: torch.device) -> float:
+    """TB/s of copying 2 GiB within the device; 0 on a CPU."""
+    if device.type == "cpu":
+        return 0.0
+    source = torch.empty(1 << 31, dtype=torch.int8, device=device)
+    target = torch.empty_like(source)
+    return round(2 * source.numel() / median_us(lambda: target.copy_(source), device) / 1e6, 3)
+
+
+def render(result: dict[str, Any]) -> str:
+    """The result as Markdown."""
+    lines = ["# Kernels on a GPU, bfloat16, 8B shape: 128 heads × 64, 8 groups, state 128", ""]
+    lines += [f"- {key}: {value}" for key, value in result["facts"].items()]
+    lines += [f"- {name}: not found, left out" for name in result["absent"]]
+    lines += [f"- {name}: {error}" for name, error in result.get("errors", {}).items()]
+    for name in LIBRARIES:
+        cold = [row["first_step_s"] for row in result["times"] if row["library"] == name and "first_step_s" in row]
+        if cold:
+            lines.append(
+                f"- {name}: slowest first step of a case, forward and backward with compilation: {max(cold)} s"
+            )
+    lines += [f"- took {result['seconds']} s", "", "## Correctness (relative error, two runs bitwise equal)", ""]
+    lines += ["| check | dtype | worst | tensor | allowed | bitwise equal | passed |", "|---" * 7 + "|"]
+    lines += ["| " + " | ".join(str(value) for value in check.values()) + " |" for check in result["checks"]]
+    bandwidth = result["facts"]["copy_TB_s"]
+    lines += ["", "## Medians, microseconds; least: the bytes that must move at the bandwidth of a copy", ""]
+    lines += [
+        "| case | length | batch | direction | library | µs | ours is faster by | least | target |",
+        "|---" * 9 + "|",
+    ]
+    rows = result["times"]
+    ours = {(r["case"], r["length"], r["batch"]): r for r in rows if r["library"] == "polylepis"}
+    for row in sorted(rows, key=lambda r: (r["case"], r["length"], r["batch"], r["library"] != "polylepis")):
+        mine = ours.get((row["case"], row["length"], row["batch"]), {})
+        for direction in ("forward", "backward"):
+            key = f"{direction}_us"
+            ratio = f"{row[key] / mine[key]:.2f}×" if key in row and key in mine and row is not mine else "–"
+            least = row.get(f"{direction}_bytes", 0) / bandwidth / 1e6 if bandwidth else 0.0
+            target = TARGETS.get((row["case"], direction))
+            goal = f"{target * row['length'] * row['batch'] / 4096:.0f} (H200)" if target else "–"
+            cells = (
+                row["case"],
+                row["length"],
+                row["batch"],
+                direction,
+                row["library"],
+                row.get(key, row.get("error")),
+            )
+            lines.append(
+                "| " + " | ".join(map(str, cells)) + f" | {ratio} | {f'{least:.0f}' if least else '–'} | {goal} |"
+            )
+    return "\n".join(lines) + "\n"
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def _paths(peers: Path | None) -> list[str]:
+    """DIR and the folders directly in it: checkouts, or a target of ``pip install --target``."""
+    if peers is None:
+        return []
+    return [str(peers.resolve()), *(str(path.resolve()) for path in sorted(peers.iterdir()) if path.is_dir())]
+
+
+def _has(module: str, peers: Path | None) -> bool:
+    """Whether ``module`` can be found; in another process, so that nothing of a peer is imported here."""
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([*_paths(peers), os.environ.get("PYTHONPATH", "")])}
+    code = f"import importlib.util as u, sys; sys.exit(u.find_spec({module!r}) is None)"
+    return subprocess.run([sys.executable, "-c", code], env=environment, cwd=ROOT).returncode == 0
+
+
+if __name__ == "__main__":
+    main()

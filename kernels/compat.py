@@ -1,0 +1,298 @@
+"""The names and signatures of mamba_ssm and causal_conv1d over our kernels: a user changes one import line.
+
+Signatures: state-spaces/mamba 2.3 (``ops/triton/ssd_combined.py``, ``selective_state_update.py``) and Dao-AILab
+causal-conv1d 1.6 (``causal_conv1d_interface.py``). What is not supported raises ValueError with its name.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .conv import causal_conv1d, causal_conv1d_step
+from .norm import gated_rms_norm, rms_norm
+from .ssd import ssd, ssd_step
+
+FULL_RANGE = (0.0, float("inf"))
+
+
+def mamba_chunk_scan_combined(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    chunk_size: int,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    initial_states: Tensor | None = None,
+    seq_idx: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    dt_softplus: bool = False,
+    dt_limit: tuple[float, float] = FULL_RANGE,
+    return_final_states: bool = False,
+    return_varlen_states: bool = False,
+    state_dtype: torch.dtype | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """The scan of Mamba-2 as mamba_ssm names it.
+
+    Args:
+        x, z: (b, l, h, p). dt: (b, l, h). A: (h,). B, C: (b, l, g, n). D: (h,) or (h, p). dt_bias: (h,).
+        initial_states: (b, h, p, n). seq_idx: (b, l).
+
+    Returns:
+        out (b, l, h, p), or (out, final states (b, h, p, n) float32) with ``return_final_states``.
+
+    Raises:
+        ValueError: cu_seqlens, return_varlen_states or state_dtype (not supported); shapes that do not fit.
+    """
+    _refuse(
+        cu_seqlens=(cu_seqlens, "name documents by seq_idx, or call polylepis.kernels.ssd.ssd, which takes cu_seqlens"),
+        return_varlen_states=(return_varlen_states or None, "run the sequences as rows of a batch"),
+        state_dtype=(state_dtype, "states are kept in float32"),
+    )
+    wide = D is not None and D.dim() == 2
+    y, final = _both(
+        ssd(
+            *(x, dt, A, B, C, chunk_size),
+            D=None if wide else D,
+            z=None if wide else z,
+            dt_bias=dt_bias,
+            dt_softplus=dt_softplus,
+            dt_limit=dt_limit,
+            initial_states=initial_states,
+            seq_idx=seq_idx,
+            return_final_states=True,
+        )
+    )
+    if wide and D is not None:
+        if tuple(D.shape) != tuple(x.shape[2:]):
+            raise ValueError(f"D has shape {tuple(D.shape)}, expected {tuple(x.shape[2:3])} or {tuple(x.shape[2:])}")
+        skip = x * D if seq_idx is None else x * D * (seq_idx >= 0)[..., None, None]
+        y = (y + skip).to(x.dtype)
+        y = y if z is None else (y * F.silu(z)).to(x.dtype)
+    return (y, final) if return_final_states else y
+
+
+def mamba_split_conv1d_scan_combined(
+    zxbcdt: Tensor,
+    conv1d_weight: Tensor,
+    conv1d_bias: Tensor | None,
+    dt_bias: Tensor,
+    A: Tensor,
+    D: Tensor,
+    chunk_size: int,
+    initial_states: Tensor | None = None,
+    seq_idx: Tensor | None = None,
+    dt_limit: tuple[float, float] = FULL_RANGE,
+    return_final_states: bool = False,
+    activation: str = "silu",
+    rmsnorm_weight: Tensor | None = None,
+    rmsnorm_eps: float = 1e-6,
+    outproj_weight: Tensor | None = None,
+    outproj_bias: Tensor | None = None,
+    headdim: int | None = None,
+    ngroups: int = 1,
+    norm_before_gate: bool = True,
+    state_dtype: torch.dtype | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Everything between the two projections of a Mamba-2 layer, and the second one if its weight is given.
+
+    Args:
+        zxbcdt: (b, l, 2·h·p + 2·g·n + h), the output of in_proj. conv1d_weight: (h·p + 2·g·n, width).
+        conv1d_bias: (h·p + 2·g·n,). dt_bias, A: (h,). D: (h,) with headdim, or (h, p).
+        rmsnorm_weight: (h·p,); without it the gate is silu(z). norm_before_gate: norm(y)·silu(z), else norm(y·silu(z)).
+        outproj_weight: (d, h·p).
+
+    Returns:
+        out (b, l, h·p or d), or (out, final states) with ``return_final_states``.
+
+    Raises:
+        ValueError: state_dtype or channels beside the SSM's in zxbcdt (not supported); shapes that do not fit.
+    """
+    _refuse(state_dtype=(state_dtype, "states are kept in float32"))
+    if D.dim() == 1 and headdim is None:
+        raise ValueError("headdim is None, expected the head size beside a D of one dimension")
+    heads, p = D.shape[0], D.shape[1] if D.dim() == 2 else int(headdim or 0)
+    inner, channels = heads * p, conv1d_weight.shape[0]
+    expected = inner + channels + heads
+    if zxbcdt.shape[-1] != expected:
+        raise ValueError(
+            f"zxbcdt has {zxbcdt.shape[-1]} channels, expected {expected} (z {inner}, xBC {channels}, dt {heads}); "
+            "channels beside the SSM's (d_nonssm) are not supported"
+        )
+    z, xBC, dt = zxbcdt.split((inner, channels, heads), dim=-1)
+    convolved = causal_conv1d(xBC, conv1d_weight, conv1d_bias, activation=_activation(activation), seq_idx=seq_idx)
+    assert isinstance(convolved, Tensor)
+    x, B, C = convolved.split((inner, *[(channels - inner) // 2] * 2), dim=-1)
+    y, final = _both(
+        mamba_chunk_scan_combined(
+            x.unflatten(-1, (heads, p)),
+            dt,
+            A,
+            B.unflatten(-1, (ngroups, -1)),
+            C.unflatten(-1, (ngroups, -1)),
+            chunk_size,
+            D=D,
+            z=z.unflatten(-1, (heads, p)) if rmsnorm_weight is None else None,
+            dt_bias=dt_bias,
+            initial_states=initial_states,
+            seq_idx=seq_idx,
+            dt_softplus=True,
+            dt_limit=dt_limit,
+            return_final_states=True,
+        )
+    )
+    out = y.flatten(-2)
+    if rmsnorm_weight is not None and norm_before_gate:
+        ones = rmsnorm_weight.new_ones(inner // ngroups)
+        normal = rms_norm(out.unflatten(-1, (ngroups, -1)), ones, rmsnorm_eps).flatten(-2)
+        out = (normal * rmsnorm_weight * F.silu(z)).to(out.dtype)
+    elif rmsnorm_weight is not None:
+        out = gated_rms_norm(out, z, rmsnorm_weight, group_size=inner // ngroups, eps=rmsnorm_eps)
+    if outproj_weight is not None:
+        out = F.linear(out.to(outproj_weight.dtype), outproj_weight, outproj_bias)
+    return (out, final) if return_final_states else out
+
+
+def selective_state_update(
+    state: Tensor,
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    dt_softplus: bool = False,
+    state_batch_indices: Tensor | None = None,
+) -> Tensor:
+    """One token of decoding; ``state`` is overwritten, as upstream does.
+
+    Args:
+        state: (b, h, p, n). x, z: (b, h, p). dt: (b, h, p). A: (h, p, n). B, C: (b, g, n). D, dt_bias: (h, p).
+            Mamba-2's decay is one number per head: dt, A and dt_bias have to be expanded views (stride 0 there).
+
+    Returns:
+        out (b, h, p).
+
+    Raises:
+        ValueError: state_batch_indices, a state without heads (Mamba-1), or dt, A, dt_bias that differ within a head.
+    """
+    _refuse(state_batch_indices=(state_batch_indices, "index the state before the call"))
+    if state.dim() != 4:
+        raise ValueError(f"state has shape {tuple(state.shape)}, expected (b, h, p, n): Mamba-1 is not supported")
+    A_h, dt_bh = _per_head("A", A, 2), _per_head("dt", dt, 1)
+    bias = None if dt_bias is None else _per_head("dt_bias", dt_bias, 1)
+    y, new_state = ssd_step(state, x, dt_bh, A_h, B, C, dt_bias=bias, dt_softplus=dt_softplus)
+    state.copy_(new_state)
+    if D is not None:
+        y = (y + D * x).to(x.dtype)
+    return y if z is None else (y * F.silu(z)).to(x.dtype)
+
+
+def causal_conv1d_fn(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    seq_idx: Tensor | None = None,
+    initial_states: Tensor | None = None,
+    return_final_states: bool = False,
+    final_states_out: Tensor | None = None,
+    activation: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """The depthwise causal convolution as causal_conv1d names it; seq_idx and initial_states may come together.
+
+    Args:
+        x: (b, c, l), best with contiguous channels (a transposed (b, l, c)). weight: (c, width). bias: (c,).
+        seq_idx: (b, l). initial_states: (b, c, width − 1). final_states_out: receives the final states.
+        activation: None, "silu" or "swish".
+
+    Returns:
+        out (b, c, l), or (out, final states (b, c, width − 1)).
+
+    Raises:
+        ValueError: an activation or shapes that do not fit.
+    """
+    out, final = _both(
+        causal_conv1d(
+            *(x.transpose(1, 2), weight, bias),
+            activation=_activation(activation),
+            seq_idx=seq_idx,
+            initial_state=initial_states,
+            return_final_state=True,
+        )
+    )
+    out = out.transpose(1, 2)
+    if final_states_out is not None:
+        final = final_states_out.copy_(final)
+    return (out, final) if return_final_states else out
+
+
+def causal_conv1d_update(
+    x: Tensor,
+    conv_state: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    activation: str | None = None,
+    cache_seqlens: Tensor | None = None,
+    conv_state_indices: Tensor | None = None,
+) -> Tensor:
+    """One token of the convolution; ``conv_state`` is overwritten, as upstream does.
+
+    Args:
+        x: (b, c). conv_state: (b, c, k) with k >= width − 1, the last inputs. weight: (c, width). bias: (c,).
+
+    Returns:
+        out (b, c).
+
+    Raises:
+        ValueError: cache_seqlens, conv_state_indices or several tokens (not supported); shapes that do not fit.
+    """
+    _refuse(
+        cache_seqlens=(cache_seqlens, "the state holds the last inputs in order"),
+        conv_state_indices=(conv_state_indices, "index the state before the call"),
+    )
+    if x.dim() != 2:
+        raise ValueError(f"x has shape {tuple(x.shape)}, expected (b, c): one token per call")
+    recent = weight.shape[1] - 1
+    if conv_state.dim() != 3 or conv_state.shape[2] < recent:
+        raise ValueError(f"conv_state has shape {tuple(conv_state.shape)}, expected (b, c, at least {recent})")
+    window = conv_state[..., conv_state.shape[2] - recent :]
+    y, _ = causal_conv1d_step(x, window, weight, bias, activation=_activation(activation))
+    if conv_state.shape[2]:
+        conv_state.copy_(torch.cat([conv_state[..., 1:], x.to(conv_state.dtype).unsqueeze(-1)], dim=-1))
+    return y
+
+
+def _refuse(**arguments: tuple[Any, str]) -> None:
+    """Refuse every argument that is not None, with what to do instead."""
+    for name, (value, instead) in arguments.items():
+        if value is not None:
+            raise ValueError(f"{name} is not supported: {instead}")
+
+
+def _activation(activation: str | None) -> str | None:
+    if activation not in (None, "silu", "swish"):
+        raise ValueError(f"activation={activation!r} is unknown; accepted are 'silu', 'swish' and None")
+    return None if activation is None else "silu"
+
+
+def _per_head(name: str, t: Tensor, inner: int) -> Tensor:
+    """The one number per head of a tensor that is expanded over its last ``inner`` dimensions."""
+    if t.dim() <= inner or any(
+        size > 1 and stride for size, stride in zip(t.shape[-inner:], t.stride()[-inner:], strict=True)
+    ):
+        raise ValueError(
+            f"{name} has shape {tuple(t.shape)} and strides {t.stride()}, expected one number per head, expanded over "
+            f"the last {inner} dimension(s): a decay that differs within a head (Mamba-1) is not supported"
+        )
+    return t[..., 0, 0] if inner == 2 else t[..., 0]
+
+
+def _both(outputs: Tensor | tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    assert isinstance(outputs, tuple)
+    return outputs

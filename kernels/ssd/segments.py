@@ -1,0 +1,238 @@
+"""The scan of one segment of a sequence in two steps, for context parallelism.
+
+A segment maps the state that enters it to the one that leaves it, S_out = exp(log_decay)·S_in + S_ext. The map needs no
+S_in: each rank computes its own (:func:`summarise`), the ranks exchange and :func:`combine` them, and :func:`enter`
+computes the outputs with the S_in that came of it. On the Triton path the states of the first step are kept, and the
+output kernel adds reach·S_in to the tiles that it loads anyway: no second pass over the states, no correction of y.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..operators import use_triton
+from .api import ssd_core
+from .inputs import check_scan_shapes, expect_shape, resolve_seq_idx, segment_numbers
+from .operators import refusal, segment_code, ssd_backward, triton_chunks
+
+
+class Segment(NamedTuple):
+    """S_out = exp(log_decay)·S_in + state: state (b, h, p, n), log_decay (b, h), −inf behind a document boundary."""
+
+    state: Tensor
+    log_decay: Tensor
+
+
+class Kept(NamedTuple):
+    """What :func:`enter` takes over from :func:`summarise`; ``tensors`` is empty on the torch path."""
+
+    x: Tensor
+    log_decay: Tensor
+    scale: Tensor
+    B: Tensor
+    seq_idx: Tensor | None
+    chunk_size: int
+    code: Tensor | None
+    tensors: tuple[Tensor, ...]
+
+
+def combine(earlier: Segment, later: Segment) -> Segment:
+    """The map of two segments in a row; associative, so that any order of brackets gives the same map."""
+    carried = later.log_decay.exp()[..., None, None] * earlier.state
+    return Segment(carried + later.state, earlier.log_decay + later.log_decay)
+
+
+def summarise(
+    x: Tensor,
+    log_decay: Tensor,
+    scale: Tensor,
+    B: Tensor,
+    *,
+    seq_idx: Tensor | None = None,
+    chunk_size: int = 64,
+    backend: str = "auto",
+) -> tuple[Segment, Kept]:
+    """The affine summary of a segment. Arguments as in :func:`polylepis.kernels.ssd.ssd_core`.
+
+    Returns:
+        (the segment's map, what :func:`enter` needs). Gradients reach x, log_decay, scale and B through the map.
+
+    Raises:
+        ValueError: shapes, devices or dtypes that do not fit.
+    """
+    check_scan_shapes(x, {"log_decay": log_decay, "scale": scale}, B, B)
+    seq_idx = resolve_seq_idx(seq_idx, None, x)
+    if chunk_size < 1:
+        raise ValueError(f"chunk_size is {chunk_size}, expected at least 1")
+    total = log_decay.to(torch.promote_types(log_decay.dtype, torch.float32))
+    if seq_idx is not None:
+        segments, valid = segment_numbers(seq_idx)
+        total = torch.where(valid[..., None], total, torch.zeros_like(total)).sum(dim=1)
+        total = total.masked_fill((segments[:, -1] != 0)[:, None], -torch.inf)
+    else:
+        total = total.sum(dim=1)
+    tensors: dict[str, Tensor | None] = {"x": x, "log_decay": log_decay, "scale": scale, "B": B}
+    if not use_triton(backend, tensors, refusal(tensors)):
+        options: dict[str, Any] = {"seq_idx": seq_idx, "chunk_size": chunk_size, "backend": "torch"}
+        _, state = ssd_core(x, log_decay, scale, B, B, return_final_states=True, **options)
+        return Segment(state, total), Kept(x, log_decay, scale, B, seq_idx, chunk_size, None, ())
+    code, chunks = segment_code(seq_idx), triton_chunks(x, B, B, chunk_size, True)
+    state, *tensors_kept = ssd_segment(x, log_decay, scale, B, code, *chunks)
+    return Segment(state, total), Kept(x, log_decay, scale, B, seq_idx, chunk_size, code, tuple(tensors_kept))
+
+
+def enter(kept: Kept, C: Tensor, entry: Tensor, *, D: Tensor | None = None) -> Tensor:
+    """The outputs of a summarised segment when the state ``entry`` (b, h, p, n) enters it.
+
+    Args:
+        C: like B. D: (h,).
+
+    Returns:
+        y like x; gradients reach C, D, entry and, for what y owes them, every argument of :func:`summarise`.
+
+    Raises:
+        ValueError: shapes that do not fit.
+    """
+    x, B = kept.x, kept.B
+    b, _, h, p = x.shape
+    expect_shape("C", C, tuple(B.shape))
+    expect_shape("entry", entry, (b, h, p, B.shape[3]))
+    expect_shape("D", D, (h,))
+    if not kept.tensors:
+        y = ssd_core(
+            *(x, kept.log_decay, kept.scale, B, C),
+            D=D,
+            initial_states=entry,
+            seq_idx=kept.seq_idx,
+            chunk_size=kept.chunk_size,
+            backend="torch",
+        )
+        assert isinstance(y, Tensor)
+        return y
+    tensors: dict[str, Tensor | None] = {"x": x, "C": C, "D": D, "entry": entry, "B": B}
+    use_triton("triton", tensors, refusal(tensors))
+    chunks = triton_chunks(x, B, B, kept.chunk_size, True)
+    return ssd_entered(x, kept.log_decay, kept.scale, B, C, D, entry, kept.code, *kept.tensors, *chunks)
+
+
+def _plan(x: Tensor, log_decay: Tensor, scale: Tensor, B: Tensor, C: Tensor, D: Any, code: Any, chunk: int) -> Any:
+    from . import triton_scan as launches
+
+    how = launches.Discretisation(False, False, 0.0, float("inf"))
+    return launches.plan(x, log_decay, scale, None, B, C, D, code, how, chunk)
+
+
+@torch.library.custom_op("polylepis::ssd_segment", mutates_args=())
+def ssd_segment(
+    x: Tensor, log_decay: Tensor, scale: Tensor, B: Tensor, code: Tensor | None, chunk: int, back_chunk: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(S_ext, the states that enter each chunk from zero, reach (b, h, chunks), cs, scale)."""
+    from . import triton_scan as launches
+
+    scan = _plan(x, log_decay, scale, B, B, None, code, chunk)
+    with torch.cuda.device_of(x):
+        cs, steps = launches.decays(scan)
+        reach = cs.new_empty(x.shape[0], x.shape[2], scan.chunks)
+        states, state, _ = launches.pass_states(scan, cs, steps, None, reach=reach)
+    return state, states, reach, cs, steps
+
+
+@ssd_segment.register_fake
+def _(
+    x: Tensor, log_decay: Tensor, scale: Tensor, B: Tensor, code: Tensor | None, chunk: int, back_chunk: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    b, l, h, p = x.shape
+    n, chunks = B.shape[3], -(-l // chunk)
+    single = x.new_empty(0, dtype=torch.float32)
+    states = x.new_empty(b, chunks, h, p, n, dtype=torch.promote_types(x.dtype, B.dtype))
+    decays = [single.new_empty(b, h, chunks * chunk) for _ in range(2)]
+    return single.new_empty(b, h, p, n), states, single.new_empty(b, h, chunks), decays[0], decays[1]
+
+
+@torch.library.custom_op("polylepis::ssd_entered", mutates_args=())
+def ssd_entered(
+    x: Tensor,
+    log_decay: Tensor,
+    scale: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    entry: Tensor,
+    code: Tensor | None,
+    states: Tensor,
+    reach: Tensor,
+    cs: Tensor,
+    steps: Tensor,
+    chunk: int,
+    back_chunk: int,
+) -> Tensor:
+    """y (b, l, h, p) from the states of :func:`ssd_segment` and the state that enters the segment."""
+    from . import triton_scan as launches
+
+    # the states were kept in the dtype of x and B, whatever C has
+    scan = _plan(x, log_decay, scale, B, C.to(B.dtype), D, code, chunk)
+    with torch.cuda.device_of(x):
+        return launches.outputs(scan, cs, steps, states, reach, entry.to(torch.float32).contiguous())
+
+
+@ssd_entered.register_fake
+def _(
+    x: Tensor,
+    log_decay: Tensor,
+    scale: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    entry: Tensor,
+    code: Tensor | None,
+    states: Tensor,
+    reach: Tensor,
+    cs: Tensor,
+    steps: Tensor,
+    chunk: int,
+    back_chunk: int,
+) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+def _segment_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    *tensors, _, ctx.chunk = inputs
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*tensors)
+
+
+def _segment_gradients(ctx: Any, dstate: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    x, log_decay, scale, B, code = ctx.saved_tensors
+    if dstate is None:
+        return (None,) * 7
+    # no output was computed: the reversed pass starts from dstate alone, and C (here B) meets zeros
+    grads = _backward(torch.zeros_like(x), dstate, (x, log_decay, scale, B, B, None, None, code), ctx.chunk)
+    return grads[0], grads[1], grads[2], grads[4], None, None, None
+
+
+def _entered_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    *tensors, _, ctx.chunk = inputs
+    ctx.save_for_backward(*tensors[:8])
+
+
+def _entered_gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    x, log_decay, scale, B, C, D, entry, code = ctx.saved_tensors
+    grads = _backward(dy, None, (x, log_decay, scale, B, C, D, entry, code), ctx.chunk)
+    dD = None if D is None else grads[6]
+    return grads[0], grads[1], grads[2], grads[4], grads[5], dD, grads[7], *(None,) * 7
+
+
+def _backward(dy: Tensor, dstate: Tensor | None, tensors: tuple[Any, ...], chunk: int) -> tuple[Tensor, ...]:
+    """The scan's backward with states computed anew; a segment's outputs owe nothing to the exchange of states."""
+    x, log_decay, scale, B, C, D, entry, code = tensors
+    empty = [x.new_empty(0, dtype=torch.float32) for _ in range(3)]
+    return ssd_backward(
+        *(dy, dstate, x, log_decay, scale, None, B, C, D, entry, code, *empty),
+        *(False, False, 0.0, float("inf"), chunk),
+    )
+
+
+ssd_segment.register_autograd(_segment_gradients, setup_context=_segment_setup)
+ssd_entered.register_autograd(_entered_gradients, setup_context=_entered_setup)

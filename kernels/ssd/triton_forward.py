@@ -1,0 +1,277 @@
+"""Triton kernels of the SSD forward: decays of a chunk, the pass over the chunk states, the outputs of a group.
+
+The notation is that of :mod:`.chunked`. Tokens are cut into ``C`` chunks of ``Q``; ``cs`` and ``scale`` are kept as
+(b, h, C·Q) float32, ``cs`` in units of log 2, so that every factor is one ``exp2`` whose exponent is at most 0.
+``code`` holds 2·segment + (1 for padding) per token. Every program writes its own part of the output: there is no
+atomic operation, and two runs are bitwise equal. Offsets of a program are int64; inside a chunk they fit int32.
+"""
+
+# mypy: disable-error-code="no-untyped-def, attr-defined"
+
+import triton
+import triton.language as tl
+
+LOG2E = tl.constexpr(1.4426950408889634)
+# exp(−70) is nothing beside 1 in float32; the floor per token keeps cs small enough to be subtracted
+LOWEST = tl.constexpr(-70.0 * 1.4426950408889634)
+
+
+@triton.jit
+def softplus(v):
+    """log(1 + exp(v)), v beyond 20 as torch has it; log1p without libdevice, by Kahan's quotient."""
+    e = tl.exp(tl.minimum(v, 20.0))
+    u = 1.0 + e
+    small = tl.where(u == 1.0, e, tl.log(u) * (e / tl.where(u == 1.0, 1.0, u - 1.0)))
+    return tl.where(v > 20.0, v, small)
+
+
+@triton.jit
+def chunk_segments(code, b, c, L, Q: tl.constexpr):
+    """(segment that enters chunk c, segment that leaves it)."""
+    base = code + b.to(tl.int64) * L
+    entering = tl.load(base + c * Q - 1, mask=c > 0, other=0) >> 1
+    last = tl.load(base + tl.minimum(c * Q + Q, L) - 1) >> 1
+    return entering, last
+
+
+@triton.jit
+def prep_kernel(
+    first,  # DISCRETISE: dt, else log_decay; (b, L, H) by its strides
+    second,  # DISCRETISE: A (H,), else scale (b, L, H) by its strides
+    bias,
+    code,
+    cs,
+    scale,
+    L,
+    H,
+    Lp,
+    first_b,
+    first_l,
+    first_h,
+    second_b,
+    second_l,
+    second_h,
+    low,
+    high,
+    DISCRETISE: tl.constexpr,
+    SOFTPLUS: tl.constexpr,
+    CLAMP: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_CODE: tl.constexpr,
+    Q: tl.constexpr,
+    BH: tl.constexpr,
+):
+    """cs and scale of one chunk and BH heads; padding and the tail become identities of the recurrence."""
+    c, b = tl.program_id(0).to(tl.int64), tl.program_id(2).to(tl.int64)
+    h = tl.program_id(1) * BH + tl.arange(0, BH)
+    t = c * Q + tl.arange(0, Q)
+    inside = (t < L)[:, None] & (h < H)[None, :]
+    h64 = h.to(tl.int64)
+    v = tl.load(first + b * first_b + t[:, None] * first_l + h64[None, :] * first_h, mask=inside, other=0.0)
+    v = v.to(tl.float32)
+    if DISCRETISE:
+        if HAS_BIAS:
+            v += tl.load(bias + h, mask=h < H, other=0.0).to(tl.float32)[None, :]
+        if SOFTPLUS:
+            v = softplus(v)
+        if CLAMP:
+            v = tl.minimum(tl.maximum(v, low), high)
+        s = v
+        v = v * tl.load(second + h * second_h, mask=h < H, other=0.0).to(tl.float32)[None, :]
+    else:
+        s = tl.load(second + b * second_b + t[:, None] * second_l + h64[None, :] * second_h, mask=inside, other=0.0)
+        s = s.to(tl.float32)
+    if HAS_CODE:
+        inside = inside & ((tl.load(code + b * L + t, mask=t < L, other=1) & 1) == 0)[:, None]
+    v = tl.where(inside, tl.maximum(v * LOG2E, LOWEST), 0.0)
+    s = tl.where(inside, s, 0.0)
+    out = (b * H + h64[None, :]) * Lp + t[:, None]
+    tl.store(cs + out, tl.cumsum(v, axis=0), mask=(h < H)[None, :])
+    tl.store(scale + out, s, mask=(h < H)[None, :])
+
+
+@triton.jit
+def state_pass_kernel(
+    u,  # forward: x; REVERSE: dy
+    v,  # forward: B; REVERSE: C
+    cs,
+    scale,
+    code,
+    initial,  # (b, H, P, N): the state before the first chunk; REVERSE: the gradient of the final state
+    states,  # (b, C, H, P, N): the state that enters each chunk; REVERSE: the gradient of the one that leaves it
+    final,  # (b, H, P, N) float32: the final state; REVERSE: the gradient of the initial one
+    reach,  # (b, H, C) float32: the decay from the start of the row to each chunk, 0 behind a reset
+    entered,  # REVERSE: the states of the forward
+    dots,  # REVERSE: (BLOCKS, b, H, C) float32: carry·<state that enters, gradient of the one that leaves>
+    L,
+    H,
+    R,
+    P,
+    N,
+    C,
+    Lp,
+    u_b,
+    u_l,
+    u_h,
+    v_b,
+    v_l,
+    v_g,
+    REVERSE: tl.constexpr,
+    HAS_INITIAL: tl.constexpr,
+    HAS_CODE: tl.constexpr,
+    HAS_REACH: tl.constexpr,
+    WRITE: tl.constexpr,
+    Q: tl.constexpr,
+    BP: tl.constexpr,
+    BN: tl.constexpr,
+    DOT: tl.constexpr,
+):
+    """One head, BP rows of its state: the state stays in float32 registers over all chunks."""
+    h, b = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
+    p = tl.program_id(0) * BP + tl.arange(0, BP)
+    n = tl.arange(0, BN)
+    rows = tl.arange(0, Q)
+    cell = p[:, None] * N + n[None, :]
+    in_state = (p < P)[:, None] & (n < N)[None, :]
+    u += b * u_b + h * u_h
+    v += b * v_b + (h // R) * v_g
+    cs += (b * H + h) * Lp
+    scale += (b * H + h) * Lp
+    state = tl.zeros((BP, BN), dtype=tl.float32)
+    if HAS_INITIAL:
+        state = tl.load(initial + (b * H + h) * P * N + cell, mask=in_state, other=0.0).to(tl.float32)
+    lam = tl.full((), 1.0, dtype=tl.float32)
+    for k in range(C):
+        c = k
+        if REVERSE:
+            c = C - 1 - k
+        first = c.to(tl.int64) * Q
+        within = first + rows < L
+        ut = tl.load(
+            u + first * u_l + rows[None, :] * u_l + p[:, None], mask=(p < P)[:, None] & within[None, :], other=0.0
+        )
+        vt = tl.load(
+            v + first * v_l + rows[:, None] * v_l + n[None, :], mask=within[:, None] & (n < N)[None, :], other=0.0
+        )
+        cs_rows = tl.load(cs + first + rows)
+        total = tl.load(cs + first + Q - 1)
+        carry = tl.exp2(tl.minimum(total, 0.0))
+        if REVERSE:
+            factor = tl.exp2(tl.minimum(cs_rows, 0.0))
+        else:
+            factor = tl.exp2(tl.minimum(total - cs_rows, 0.0)) * tl.load(scale + first + rows)
+        if HAS_CODE:
+            entering, last = chunk_segments(code, b, c, L, Q)
+            codes = tl.load(code + b * L + first + rows, mask=within, other=1)
+            if REVERSE:
+                factor = tl.where(((codes >> 1) == entering) & ((codes & 1) == 0), factor, 0.0)
+            else:
+                factor = tl.where((codes >> 1) == last, factor, 0.0)
+            carry = tl.where(entering == last, carry, 0.0)
+        place = ((b * C + c) * H + h) * P * N
+        if REVERSE:
+            before = tl.load(entered + place + cell, mask=in_state, other=0.0).to(tl.float32)
+            index = ((tl.program_id(0) * tl.num_programs(2) + b) * H + h) * C + c
+            tl.store(dots + index, carry * tl.sum(tl.sum(before * state, axis=1), axis=0))
+        if WRITE:
+            tl.store(states + place + cell, state.to(states.dtype.element_ty), mask=in_state)
+        if HAS_REACH:
+            tl.store(reach + (b * H + h) * C + c, lam, mask=tl.program_id(0) == 0)
+            lam = lam * carry
+        weighted = (ut.to(tl.float32) * factor[None, :]).to(DOT)
+        state = tl.dot(weighted, vt.to(DOT), state * carry, input_precision="tf32x3")
+    tl.store(final + (b * H + h) * P * N + cell, state, mask=in_state)
+
+
+@triton.jit
+def output_kernel(
+    x,
+    B,
+    C_,
+    D,
+    cs,
+    scale,
+    code,
+    states,
+    reach,
+    entry,  # (b, H, P, N) float32, the H_in that joins as reach·H_in
+    y,  # (b, L, H, P), contiguous
+    L,
+    H,
+    R,
+    P,
+    N,
+    C,
+    Lp,
+    x_b,
+    x_l,
+    x_h,
+    B_b,
+    B_l,
+    B_g,
+    C_b,
+    C_l,
+    C_g,
+    HEADS,  # heads that one program works off
+    HAS_D: tl.constexpr,
+    HAS_CODE: tl.constexpr,
+    HAS_ENTRY: tl.constexpr,
+    Q: tl.constexpr,
+    ROWS: tl.constexpr,
+    BP: tl.constexpr,
+    BN: tl.constexpr,
+    DOT: tl.constexpr,
+):
+    """ROWS outputs of one chunk: C·Bᵀ once, then the heads of the group in a loop."""
+    tiles = Q // ROWS
+    c, b = (tl.program_id(0) // tiles).to(tl.int64), tl.program_id(2).to(tl.int64)
+    start = (tl.program_id(0) % tiles) * ROWS
+    h_first = tl.program_id(1) * HEADS
+    g = (h_first // R).to(tl.int64)
+    i = start + tl.arange(0, ROWS)
+    j = tl.arange(0, Q)
+    p = tl.arange(0, BP)
+    n = tl.arange(0, BN)
+    first = c * Q
+    i_in, j_in = first + i < L, first + j < L
+    B += b * B_b + g * B_g + first * B_l
+    C_ += b * C_b + g * C_g + first * C_l
+    c_rows = tl.load(C_ + i[:, None] * C_l + n[None, :], mask=i_in[:, None] & (n < N)[None, :], other=0.0).to(DOT)
+    b_cols = tl.load(B + j[None, :] * B_l + n[:, None], mask=j_in[None, :] & (n < N)[:, None], other=0.0).to(DOT)
+    seen = i[:, None] >= j[None, :]
+    opened = i_in
+    if HAS_CODE:
+        entering, _ = chunk_segments(code, b, c, L, Q)
+        i_code = tl.load(code + b * L + first + i, mask=i_in, other=1)
+        j_code = tl.load(code + b * L + first + j, mask=j_in, other=1)
+        real = (i_code & 1) == 0
+        seen = seen & ((i_code >> 1)[:, None] == (j_code >> 1)[None, :]) & real[:, None]
+        opened = ((i_code >> 1) == entering) & real
+    similarity = tl.where(seen, tl.dot(c_rows, b_cols, input_precision="tf32x3"), 0.0)
+    for r in range(HEADS):
+        h = (h_first + r).to(tl.int64)
+        line = (b * H + h) * Lp + first
+        cs_i, cs_j = tl.load(cs + line + i), tl.load(cs + line + j)
+        scale_j = tl.load(scale + line + j)
+        decay = tl.exp2(tl.minimum(cs_i[:, None] - cs_j[None, :], 0.0))
+        weights = (similarity * decay * scale_j[None, :]).to(DOT)
+        x_head = x + b * x_b + h * x_h + first * x_l
+        values = tl.load(x_head + j[:, None] * x_l + p[None, :], mask=j_in[:, None] & (p < P)[None, :], other=0.0)
+        cell = p[None, :] * N + n[:, None]
+        in_state = (p < P)[None, :] & (n < N)[:, None]
+        state = tl.load(states + ((b * C + c) * H + h) * P * N + cell, mask=in_state, other=0.0)
+        if HAS_ENTRY:
+            far = tl.load(entry + (b * H + h) * P * N + cell, mask=in_state, other=0.0)
+            state = state.to(tl.float32) + far * tl.load(reach + (b * H + h) * C + c)
+        carried = tl.dot(c_rows, state.to(DOT), input_precision="tf32x3")
+        out = carried * tl.where(opened, tl.exp2(tl.minimum(cs_i, 0.0)), 0.0)[:, None]
+        out = tl.dot(weights, values.to(DOT), out, input_precision="tf32x3")
+        mask = i_in[:, None] & (p < P)[None, :]
+        if HAS_D:
+            own = tl.load(x_head + i[:, None] * x_l + p[None, :], mask=mask, other=0.0).to(tl.float32)
+            skip = own * tl.load(D + h).to(tl.float32)
+            if HAS_CODE:
+                skip = tl.where(real[:, None], skip, 0.0)
+            out += skip
+        place = ((b * L + first) * H + h) * P + i[:, None] * (H * P) + p[None, :]
+        tl.store(y + place, out.to(y.dtype.element_ty), mask=mask)

@@ -1,0 +1,324 @@
+"""Launches of the SSD kernels: shapes, strides and buffers around the modules triton_forward and triton_backward."""
+
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import triton_backward as backward
+from . import triton_forward as forward
+from .triton_config import INTERPRETER, ScanConfig
+from .triton_table import lookup
+
+LARGEST_STRIDE = 1 << 24  # 128 tokens of it stay below 2³¹, the range of an offset inside a chunk
+
+
+class Discretisation(NamedTuple):
+    """What turns (dt, A, dt_bias) into (log_decay, scale); ``on`` is False where the op is given the latter."""
+
+    on: bool
+    softplus: bool
+    low: float
+    high: float
+
+    @property
+    def flags(self) -> dict[str, Any]:
+        clamp = not (self.softplus and self.low == 0.0 and self.high == float("inf"))
+        return {"DISCRETISE": self.on, "SOFTPLUS": self.softplus, "CLAMP": clamp}
+
+
+class Scan(NamedTuple):
+    """The arguments of one scan and everything the launches derive from them."""
+
+    x: Tensor
+    first: Tensor
+    second: Tensor
+    bias: Tensor | None
+    B: Tensor
+    C: Tensor
+    D: Tensor | None
+    code: Tensor | None
+    how: Discretisation
+    chunk: int
+    config: ScanConfig
+
+    @property
+    def sizes(self) -> tuple[int, int, int, int, int, int]:
+        """b, l, h, p, g, n."""
+        (b, l, h, p), (g, n) = self.x.shape, self.B.shape[2:]
+        return b, l, h, p, g, n
+
+    @property
+    def chunks(self) -> int:
+        return -(-self.x.shape[1] // self.chunk)
+
+    @property
+    def padded(self) -> int:
+        return self.chunks * self.chunk
+
+    @property
+    def dot(self) -> torch.dtype:
+        return torch.promote_types(torch.promote_types(self.x.dtype, self.B.dtype), self.C.dtype)
+
+    @property
+    def shape_flags(self) -> dict[str, Any]:
+        _, _, _, p, _, n = self.sizes
+        return {"Q": self.chunk, "BP": block_of(p), "BN": block_of(n), "DOT": triton_dtype(self.dot)}
+
+    @property
+    def ints(self) -> tuple[int, ...]:
+        """L, H, R, P, N, C, Lp."""
+        _, l, h, p, g, n = self.sizes
+        return (l, h, h // g, p, n, self.chunks, self.padded)
+
+    def heads(self, rows: int) -> int:
+        """Heads per program: the whole group, or the largest part of it that keeps the device busy."""
+        b, _, h, _, g, _ = self.sizes
+        programs, group = b * g * self.chunks * (self.chunk // rows), h // g
+        parts = [parts for parts in range(1, group + 1) if group % parts == 0]
+        return group // next((s for s in parts if s * programs >= self.config.slots), 1 if group == 1 else parts[-1])
+
+
+def is_interpreted() -> bool:
+    """Whether the kernels run in Triton's interpreter (TRITON_INTERPRET=1 when Triton was first imported)."""
+    return bool(triton.knobs.runtime.interpret)
+
+
+def block_of(size: int) -> int:
+    """The power of two, at least 16, that holds ``size``."""
+    return max(16, triton.next_power_of_2(size))
+
+
+def triton_dtype(dtype: torch.dtype) -> Any:
+    return {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}[dtype]
+
+
+@cache
+def _target() -> tuple[int, int]:
+    """(architecture, Triton minor version) of the current device."""
+    arch = triton.runtime.driver.active.get_current_target().arch
+    return int(arch) if str(arch).isdigit() else 0, int(triton.__version__.split(".")[1])
+
+
+def plan(
+    x: Tensor,
+    first: Tensor,
+    second: Tensor,
+    bias: Tensor | None,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    code: Tensor | None,
+    how: Discretisation,
+    chunk: int,
+) -> Scan:
+    """Make the strides usable and look the configuration up.
+
+    Raises:
+        ValueError: a token of x or B is wider than the offsets inside a chunk can hold.
+    """
+    x, B, C = (by_token(t) for t in (x, B, C))
+    for name, tensor in (("x", x), ("B", B)):
+        if tensor.stride(1) >= LARGEST_STRIDE:
+            raise ValueError(f"{name} has {tensor.stride(1)} elements per token, expected less than {LARGEST_STRIDE}")
+    bias, D = (None if t is None else t.contiguous() for t in (bias, D))
+    second = second.contiguous() if how.on else second
+    half = torch.promote_types(torch.promote_types(x.dtype, B.dtype), C.dtype) != torch.float32
+    if is_interpreted():
+        config = INTERPRETER
+    else:
+        arch, minor = _target()
+        config = lookup((arch, block_of(x.shape[3]), block_of(B.shape[3]), "half" if half else "float", minor))
+    return Scan(x, first, second, bias, B, C, D, code, how, chunk, config)
+
+
+def by_token(t: Tensor) -> Tensor:
+    """``t`` with contiguous channels and offsets inside a chunk that fit 32 bits; a copy only where it has neither."""
+    return t if t.stride(-1) == 1 and 0 <= t.stride(1) < LARGEST_STRIDE else t.contiguous()
+
+
+def decays(scan: Scan) -> tuple[Tensor, Tensor]:
+    """cs and scale, (b, h, padded length) float32."""
+    b, l, h, *_ = scan.sizes
+    cs = scan.x.new_empty(b, h, scan.padded, dtype=torch.float32)
+    scale = torch.empty_like(cs)
+    launch, how = scan.config.prep, scan.how
+    strides = (0, 0, scan.second.stride(0)) if how.on else scan.second.stride()
+    forward.prep_kernel[(scan.chunks, triton.cdiv(h, launch.rows), b)](
+        *(scan.first, scan.second, scan.bias, scan.code, cs, scale, l, h, scan.padded),
+        *(*scan.first.stride(), *strides, how.low, how.high),
+        **how.flags,
+        HAS_BIAS=scan.bias is not None,
+        HAS_CODE=scan.code is not None,
+        Q=scan.chunk,
+        BH=launch.rows,
+        num_warps=launch.warps,
+    )
+    return cs, scale
+
+
+def pass_states(
+    scan: Scan,
+    cs: Tensor,
+    scale: Tensor,
+    initial: Tensor | None,
+    *,
+    write: bool = True,
+    reach: Tensor | None = None,
+    dy: Tensor | None = None,
+    entered: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The states that enter each chunk and the final state; with dy the gradients, backwards, and carry·<H, G>."""
+    b, _, h, p, _, n = scan.sizes
+    reverse = dy is not None
+    launch = scan.config.dstate if reverse else scan.config.state
+    flags = scan.shape_flags
+    flags["BP"] = min(flags["BP"], launch.rows)
+    blocks = triton.cdiv(p, flags["BP"])
+    u, v = (scan.x, scan.B) if dy is None else (dy, scan.C)
+    states = scan.x.new_empty((b, scan.chunks, h, p, n) if write else (0,), dtype=scan.dot)
+    final = scan.x.new_empty(b, h, p, n, dtype=torch.float32)
+    dots = scan.x.new_empty(blocks, b, h, scan.chunks, dtype=torch.float32) if reverse else None
+    forward.state_pass_kernel[(blocks, h, b)](
+        *(u, v, cs, scale, scan.code, initial, states, final, reach, entered, dots, *scan.ints),
+        *(*u.stride()[:3], *v.stride()[:3]),
+        REVERSE=reverse,
+        HAS_INITIAL=initial is not None,
+        HAS_CODE=scan.code is not None,
+        HAS_REACH=reach is not None,
+        WRITE=write,
+        **flags,
+        num_warps=launch.warps,
+        num_stages=launch.stages,
+    )
+    return states, final, dots
+
+
+def outputs(
+    scan: Scan, cs: Tensor, scale: Tensor, states: Tensor, reach: Tensor | None = None, entry: Tensor | None = None
+) -> Tensor:
+    """y (b, l, h, p) in x's dtype; with ``entry`` the state reach·entry joins every chunk's."""
+    b, _, h, *_ = scan.sizes
+    y = torch.empty(scan.x.shape, dtype=scan.x.dtype, device=scan.x.device)
+    launch = scan.config.output
+    rows = min(launch.rows, scan.chunk)
+    heads = scan.heads(rows)
+    forward.output_kernel[(scan.chunks * (scan.chunk // rows), h // heads, b)](
+        *(scan.x, scan.B, scan.C, scan.D, cs, scale, scan.code, states, reach, entry, y, *scan.ints),
+        *(*scan.x.stride()[:3], *scan.B.stride()[:3], *scan.C.stride()[:3], heads),
+        HAS_D=scan.D is not None,
+        HAS_CODE=scan.code is not None,
+        HAS_ENTRY=entry is not None,
+        ROWS=rows,
+        **scan.shape_flags,
+        num_warps=launch.warps,
+        num_stages=launch.stages,
+    )
+    return y
+
+
+class Gradients(NamedTuple):
+    """Those that do not apply are None."""
+
+    x: Tensor
+    first: Tensor
+    second: Tensor
+    bias: Tensor | None
+    B: Tensor
+    C: Tensor
+    D: Tensor | None
+    initial: Tensor
+
+
+def gradients(scan: Scan, cs: Tensor, scale: Tensor, states: Tensor, dy: Tensor, dfinal: Tensor | None) -> Gradients:
+    """Every gradient of the scan; ``states`` enter each chunk, dy (b, l, h, p), dfinal (b, h, p, n) or None."""
+    dy = by_token(dy)
+    dleft, dinitial, dots = pass_states(scan, cs, scale, dfinal, dy=dy, entered=states)
+    assert dots is not None
+    dx, dsim, parts, dskip = _token_gradients(scan, cs, scale, dleft, dy)
+    dC, dopen = _group_gradients(scan, cs, scale, states, dsim, dy)
+    dB, dgiven = _group_gradients(scan, cs, scale, dleft, dsim, None)
+    dfirst, dsecond, dbias = _decay_gradients(scan, scale, (*parts, dopen, dgiven, dots))
+    dD = None if scan.D is None or dskip is None else dskip.sum(dim=(0, 1)).to(scan.D.dtype)
+    return Gradients(dx, dfirst, dsecond, dbias, dB, dC, dD, dinitial)
+
+
+def _token_gradients(
+    scan: Scan, cs: Tensor, scale: Tensor, dleft: Tensor, dy: Tensor
+) -> tuple[Tensor, Tensor, tuple[Tensor, ...], Tensor | None]:
+    """dx, the gradient of C·Bᵀ, (drow, dcol, dscale) and the partials of dD."""
+    b, _, h, _, g, _ = scan.sizes
+    launch = scan.config.dx
+    rows = min(launch.rows, scan.chunk)
+    tiles, heads = scan.chunk // rows, scan.heads(rows)
+    new = cs.new_empty
+    dx = torch.empty(scan.x.shape, dtype=scan.x.dtype, device=scan.x.device)
+    dsim = new(h // g // heads, b, g, scan.padded, scan.chunk, dtype=scan.dot)
+    drow = new(tiles, b, h, scan.padded)
+    dcol, dscale = torch.empty_like(cs), torch.empty_like(cs)
+    dskip = None if scan.D is None else new(b, scan.chunks * tiles, h)
+    backward.dx_kernel[(scan.chunks * tiles, h // heads, b)](
+        *(scan.x, scan.B, scan.C, scan.D, dy, cs, scale, scan.code, dleft),
+        *(dx, dsim, drow, dcol, dscale, dskip, *scan.ints),
+        *(*scan.x.stride()[:3], *scan.B.stride()[:3], *scan.C.stride()[:3], *dy.stride()[:3], heads),
+        HAS_D=scan.D is not None,
+        HAS_CODE=scan.code is not None,
+        ROWS=rows,
+        **scan.shape_flags,
+        num_warps=launch.warps,
+        num_stages=launch.stages,
+    )
+    return dx, dsim, (drow, dcol, dscale), dskip
+
+
+def _group_gradients(
+    scan: Scan, cs: Tensor, scale: Tensor, states: Tensor, dsim: Tensor, dy: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """dC (dy given) or dB, and what the link of each token to the state gave to its exponent."""
+    b, l, h, _, g, n = scan.sizes
+    launch = scan.config.dbc
+    rows = min(launch.rows, scan.chunk)
+    splits = dsim.shape[0]
+    tokens, others, mine = (scan.x, scan.C, scan.B) if dy is None else (dy, scan.B, scan.C)
+    grad = cs.new_empty(splits, b, l, g, n, dtype=mine.dtype if splits == 1 else torch.float32)
+    dlink = torch.empty_like(cs)
+    backward.dbc_kernel[(scan.chunks * (scan.chunk // rows), g * splits, b)](
+        *(tokens, others, mine, states, cs, scale, scan.code, dsim, grad, dlink, *scan.ints),
+        *(*tokens.stride()[:3], *others.stride()[:3], *mine.stride()[:3], h // g // splits),
+        ROLE_C=dy is not None,
+        HAS_CODE=scan.code is not None,
+        ROWS=rows,
+        **scan.shape_flags,
+        num_warps=launch.warps,
+        num_stages=launch.stages,
+    )
+    return (grad[0] if splits == 1 else grad.sum(dim=0).to(mine.dtype)), dlink
+
+
+def _decay_gradients(scan: Scan, scale: Tensor, parts: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Gradients of first, second and bias."""
+    b, l, h, *_ = scan.sizes
+    drow, dcol, dscale, dopen, dgiven, dots = parts
+    how, launch = scan.how, scan.config.decay
+    new = scale.new_empty
+    dfirst = new(b, l, h, dtype=scan.first.dtype)
+    dsecond = new(0) if how.on else new(b, l, h, dtype=scan.second.dtype)
+    dA, dbias = (new((b, scan.chunks, h) if how.on else (0,)) for _ in range(2))
+    backward.decay_kernel[(scan.chunks, h, b)](
+        *(drow, dcol, dopen, dgiven, dots, dscale, scan.code, scan.first, scan.second, scan.bias, scale),
+        *(dfirst, dsecond, dA, dbias, l, h, scan.chunks, scan.padded, *scan.first.stride(), how.low, how.high),
+        TILES=drow.shape[0],
+        BLOCKS=dots.shape[0],
+        **how.flags,
+        HAS_BIAS=scan.bias is not None,
+        HAS_CODE=scan.code is not None,
+        Q=scan.chunk,
+        num_warps=launch.warps,
+    )
+    if not how.on:
+        return dfirst, dsecond, None
+    summed = None if scan.bias is None else dbias.sum(dim=(0, 1)).to(scan.bias.dtype)
+    return dfirst, dA.sum(dim=(0, 1)).to(scan.second.dtype), summed

@@ -1,0 +1,86 @@
+"""Triton kernel of one token of decoding by the recurrence, and its launch."""
+
+# mypy: disable-error-code="no-untyped-def"
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .triton_forward import softplus
+from .triton_scan import block_of
+
+ROWS = 16  # rows of a head's state per program
+
+
+@triton.jit
+def step_kernel(
+    state, x, dt, A, B, C, D, z, bias, y, new_state, H, R, P, N,
+    state_b, state_h, state_p, state_n, x_b, x_h, x_p, dt_b, dt_h, B_b, B_g, B_n, C_b, C_g, C_n, z_b, z_h, z_p,
+    bias_b, bias_h, low, high,
+    HAS_D: tl.constexpr, HAS_Z: tl.constexpr, HAS_BIAS: tl.constexpr, SOFTPLUS: tl.constexpr, CLAMP: tl.constexpr,
+    BP: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """BP rows of one head's state; y (b, H, P) and new_state (b, H, P, N), contiguous."""
+    h, b = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
+    p, n = tl.program_id(0) * BP + tl.arange(0, BP), tl.arange(0, BN)
+    step = tl.load(dt + b * dt_b + h * dt_h).to(tl.float32)
+    if HAS_BIAS:
+        step += tl.load(bias + b * bias_b + h * bias_h).to(tl.float32)
+    if SOFTPLUS:
+        step = softplus(step)
+    if CLAMP:
+        step = tl.minimum(tl.maximum(step, low), high)
+    decay = tl.exp(tl.minimum(step * tl.load(A + h).to(tl.float32), 0.0))
+    good = (p < P)[:, None] & (n < N)[None, :]
+    old = tl.load(state + b * state_b + h * state_h + p[:, None] * state_p + n[None, :] * state_n, mask=good, other=0.0)
+    values = tl.load(x + b * x_b + h * x_h + p * x_p, mask=p < P, other=0.0).to(tl.float32)
+    g = h // R
+    keys = tl.load(B + b * B_b + g * B_g + n * B_n, mask=n < N, other=0.0).to(tl.float32)
+    query = tl.load(C + b * C_b + g * C_g + n * C_n, mask=n < N, other=0.0).to(tl.float32)
+    new = old.to(tl.float32) * decay + (values * step)[:, None] * keys[None, :]
+    out = tl.sum(new * query[None, :], axis=1)
+    if HAS_D:
+        out += values * tl.load(D + h).to(tl.float32)
+    if HAS_Z:
+        gate = tl.load(z + b * z_b + h * z_h + p * z_p, mask=p < P, other=0.0).to(tl.float32)
+        out = out * gate / (1.0 + tl.exp(-gate))
+    place = (b * H + h) * P
+    tl.store(new_state + place * N + p[:, None] * N + n[None, :], new.to(new_state.dtype.element_ty), mask=good)
+    tl.store(y + place + p, out.to(y.dtype.element_ty), mask=p < P)
+
+
+def scan_step(
+    state: Tensor,
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    bias: Tensor | None,
+    softplus_dt: bool,
+    low: float,
+    high: float,
+) -> tuple[Tensor, Tensor]:
+    """(y (b, h, p) in x's dtype, new state in the state's dtype); every stride is taken as it is."""
+    (b, h, p), n = x.shape, B.shape[2]
+    y = torch.empty((b, h, p), dtype=x.dtype, device=x.device)
+    new_state = torch.empty((b, h, p, n), dtype=state.dtype, device=x.device)
+    gate = x if z is None else z
+    bias_strides = (0, 0) if bias is None else (0, bias.stride(0)) if bias.dim() == 1 else bias.stride()
+    step_kernel[(triton.cdiv(p, ROWS), h, b)](
+        *(state, x, dt, A.contiguous(), B, C, None if D is None else D.contiguous(), z, bias, y, new_state),
+        *(h, h // B.shape[1], p, n, *state.stride(), *x.stride(), *dt.stride(), *B.stride(), *C.stride()),
+        *(*gate.stride(), *bias_strides, low, high),
+        HAS_D=D is not None,
+        HAS_Z=z is not None,
+        HAS_BIAS=bias is not None,
+        SOFTPLUS=softplus_dt,
+        CLAMP=True,
+        BP=ROWS,
+        BN=block_of(n),
+        num_warps=4,
+    )
+    return y, new_state

@@ -1,0 +1,202 @@
+"""The Triton convolution, norms and decode steps in Triton's interpreter. Run by test_interpreter.py."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).parent))
+from bfloat16_shim import bfloat16  # noqa: F401
+from test_conv import DOCUMENTS
+from test_conv import draw as draw_conv
+from test_ssd import assert_close
+from test_ssd import draw as draw_scan
+
+from polylepis.kernels.conv import causal_conv1d, causal_conv1d_step
+from polylepis.kernels.norm import gated_rms_norm, rms_norm, rms_norm_residual
+from polylepis.kernels.ssd import ssd_step
+
+F32 = torch.float32
+TOLERANCE = 1e-5
+
+
+def results(f: Callable[..., Any], tensors: list[Tensor]) -> tuple[Tensor, ...]:
+    """Outputs of f and the gradients of a random projection of them."""
+    out = f(*tensors)
+    out = out if isinstance(out, tuple) else (out,)
+    rng = torch.Generator().manual_seed(5)
+    loss = sum((o * torch.randn(o.shape, generator=rng).to(o.dtype)).sum() for o in out)
+    return (*(o.detach() for o in out), *torch.autograd.grad(loss, tensors))
+
+
+def compare(f: Callable[..., Any], tensors: list[Tensor]) -> None:
+    """f(backend, *tensors) by Triton in float32 against torch in float64."""
+    exact = [t.detach().double().requires_grad_() for t in tensors]
+    want = results(lambda *t: f("torch", *t), exact)
+    assert_close(results(lambda *t: f("triton", *t), tensors), want, TOLERANCE)
+
+
+@pytest.mark.parametrize("ids", [None, DOCUMENTS], ids=["one document", "documents"])
+@pytest.mark.parametrize("width, start, bias, activation", [
+    (1, False, True, "silu"), (2, True, False, None), (3, True, True, "silu"), (4, True, True, "silu"),
+    (4, False, True, None),
+])  # fmt: skip
+def test_convolution(width: int, start: bool, bias: bool, activation: str | None, ids: Tensor | None) -> None:
+    t = draw_conv(2, 12, 3, width, F32)
+
+    def conv(backend: str, x: Tensor, weight: Tensor, *rest: Tensor) -> Any:
+        rest_of = iter(rest)
+        return causal_conv1d(
+            x,
+            weight,
+            next(rest_of) if bias else None,
+            activation=activation,
+            seq_idx=ids,
+            initial_state=next(rest_of) if start else None,
+            return_final_state=True,
+            backend=backend,
+        )
+
+    names = ["x", "weight", *(["bias"] if bias else []), *(["initial_state"] if start else [])]
+    compare(conv, [t[name] for name in names])
+
+
+@pytest.mark.parametrize("l", [1, 2, 31, 32, 33, 70])
+def test_convolution_lengths(l: int) -> None:
+    """Around the tile, and slices of a wider projection with 130 channels."""
+    t = draw_conv(1, l, 130, 4, F32)
+    wide = torch.randn(1, l, 150, requires_grad=True)
+
+    def conv(backend: str, x: Tensor, weight: Tensor, bias: Tensor, start: Tensor) -> Any:
+        return causal_conv1d(x[..., 7:137], weight, bias, initial_state=start, backend=backend)
+
+    compare(conv, [wide, t["weight"], t["bias"], t["initial_state"]])
+
+
+def test_convolution_in_several_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Programs that walk over tiles; twice, bitwise equal."""
+    from polylepis.kernels import triton_conv
+
+    monkeypatch.setattr(triton_conv, "PARTS", 2)
+    t = draw_conv(1, 70, 5, 4, F32)
+    compare(lambda backend, *a: causal_conv1d(*a[:3], initial_state=a[3], backend=backend), list(t.values()))
+    first, second = (
+        results(lambda *a: causal_conv1d(*a[:3], initial_state=a[3], backend="triton"), list(t.values()))
+        for _ in range(2)
+    )
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize("group", [12, 4, 1])
+def test_gated_norm(group: int) -> None:
+    wide = torch.randn(2, 5, 30, requires_grad=True)
+    weight = torch.randn(12, requires_grad=True)
+
+    def norm(backend: str, wide: Tensor, weight: Tensor) -> Tensor:
+        return gated_rms_norm(wide[..., :12], wide[..., 15:27], weight, group_size=group, backend=backend)
+
+    compare(norm, [wide, weight])
+
+
+def test_norms() -> None:
+    x, residual = (torch.randn(3, 7, 20, requires_grad=True) for _ in range(2))
+    weight = torch.randn(20, requires_grad=True)
+    compare(lambda backend, *t: rms_norm(*t, 1e-3, backend=backend), [x, weight])
+    compare(lambda backend, *t: rms_norm_residual(*t, backend=backend), [x, residual, weight])
+    # either output alone
+    for index in (0, 1):
+        used = [x, residual, weight] if index == 0 else [x, residual]
+        rest = [] if index == 0 else [weight.detach()]
+        compare(lambda backend, *t, i=index, r=rest: rms_norm_residual(*t, *r, backend=backend)[i], used)  # type: ignore
+
+
+def test_norm_of_many_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    from polylepis.kernels import triton_norm
+
+    monkeypatch.setattr(triton_norm, "PARTS", 4)
+    x, weight = torch.randn(11, 6, requires_grad=True), torch.randn(6, requires_grad=True)
+    compare(lambda backend, *t: rms_norm(*t, backend=backend), [x, weight])
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_decode_steps(batch: int) -> None:
+    t = {k: v.detach() for k, v in draw_scan(batch, 1, 4, 5, 2, 19, F32).items()}
+    token = {k: v[:, 0] if v.dim() > 2 and k != "initial_states" else v for k, v in t.items()}
+    state = token.pop("initial_states")
+    for limit in ((0.0, float("inf")), (0.3, 0.9)):
+        options: dict[str, Any] = {"dt_softplus": True, "dt_limit": limit}
+        want = ssd_step(state, **token, **options)
+        assert_close(ssd_step(state, **token, **options, backend="triton"), want, TOLERANCE)
+    bare = {k: v for k, v in token.items() if k not in ("D", "z", "dt_bias")}
+    bare["dt"] = bare["dt"].abs()
+    assert_close(ssd_step(state, **bare, backend="triton"), ssd_step(state, **bare), TOLERANCE)
+    for width in (1, 2, 4):
+        c = {k: v.detach() for k, v in draw_conv(batch, 1, 130, width, F32).items()}
+        args = (c["x"][:, 0], c["initial_state"], c["weight"], c["bias"])
+        got, want = (causal_conv1d_step(*args, backend=backend) for backend in ("triton", "torch"))
+        assert_close(got, want, TOLERANCE)
+
+
+def test_opcheck() -> None:
+    ops, t = torch.ops.polylepis, draw_conv(2, 9, 3, 4, F32)
+    code = torch.zeros(2, 9, dtype=torch.int32)
+    torch.library.opcheck(ops.conv_forward.default, (t["x"], t["weight"], t["bias"], t["initial_state"], code, True))
+    torch.library.opcheck(ops.conv_forward.default, (t["x"], t["weight"], None, None, None, False))
+    x, z = (torch.randn(2, 3, 8, requires_grad=True) for _ in range(2))
+    weight = torch.randn(8, requires_grad=True)
+    torch.library.opcheck(ops.norm_forward.default, (x, z, None, weight, 4, 1e-5))
+    torch.library.opcheck(ops.norm_forward.default, (x, None, z, weight, 8, 1e-5))
+    s = {k: v.detach() for k, v in draw_scan(1, 1, 2, 3, 1, 4, F32).items()}
+    arguments = [s[k][:, 0] for k in ("x", "dt")], [s[k][:, 0] for k in ("B", "C")]
+    step = (s["initial_states"], *arguments[0], s["A"], *arguments[1], s["D"], None, s["dt_bias"], True, 0.0, 1.0)
+    torch.library.opcheck(ops.ssd_step.default, step)
+    c = {k: v.detach() for k, v in draw_conv(2, 1, 3, 4, F32).items()}
+    torch.library.opcheck(ops.conv_step.default, (c["x"][:, 0], c["initial_state"], c["weight"], None, True))
+
+
+def test_compiles_into_one_graph() -> None:
+    t = draw_conv(1, 9, 8, 4, F32)
+    norm_weight = torch.randn(8, requires_grad=True)
+
+    def layer(x: Tensor, weight: Tensor, bias: Tensor, start: Tensor, scale: Tensor) -> Tensor:
+        y = causal_conv1d(x, weight, bias, initial_state=start, backend="triton")
+        return gated_rms_norm(y, x, scale, group_size=4, backend="triton")
+
+    tensors = [*t.values(), norm_weight]
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    assert_close(results(compiled, tensors), results(layer, tensors), TOLERANCE)
+
+
+def test_refusals() -> None:
+    t = {k: v.detach() for k, v in draw_conv(1, 5, 3, 4, F32).items()}
+    with pytest.raises(ValueError, match=r"x is torch.float64, expected float32, bfloat16 or float16"):
+        causal_conv1d(t["x"].double(), t["weight"], backend="triton")
+    with pytest.raises(ValueError, match="weight has width 8, expected at most 4"):
+        causal_conv1d(t["x"], torch.zeros(3, 8), backend="triton")
+    with pytest.raises(ValueError, match="weight is on meta, expected cpu as x"):
+        rms_norm(t["x"], torch.ones(3, device="meta"), backend="triton")
+    with pytest.raises(ValueError, match="no gradients"):
+        causal_conv1d_step(t["x"][:, 0], t["initial_state"].requires_grad_(), t["weight"], backend="triton")
+
+
+@pytest.mark.usefixtures("bfloat16")
+def test_bfloat16() -> None:
+    exact = {k: v.detach().bfloat16().double().requires_grad_() for k, v in draw_conv(2, 12, 8, 4).items()}
+    norm_weight = torch.randn(8).bfloat16().double().requires_grad_()
+
+    def layer(backend: str, x: Tensor, weight: Tensor, bias: Tensor, start: Tensor, scale: Tensor) -> Tensor:
+        ids = DOCUMENTS.T.contiguous().T
+        y = causal_conv1d(x, weight, bias, initial_state=start, seq_idx=ids, backend=backend)
+        return gated_rms_norm(y, x, scale, group_size=4, backend=backend)
+
+    tensors = [*exact.values(), norm_weight]
+    low = [t.detach().bfloat16().requires_grad_() for t in tensors]
+    got = results(lambda *t: layer("triton", *t), low)
+    assert all(t.dtype == torch.bfloat16 for t in got)
+    assert_close(got, results(lambda *t: layer("torch", *t), tensors), 2e-2)

@@ -1,0 +1,285 @@
+"""The Triton scan in Triton's interpreter against the sequential recurrence in float64. Run by test_interpreter.py."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+sys.path.insert(0, str(Path(__file__).parent))
+from bfloat16_shim import bfloat16  # noqa: F401
+from segment_cases import DOCUMENTS
+from segment_cases import results as segments
+from test_ssd import LAYOUTS, assert_close, draw, packed, run
+
+from polylepis.kernels.ssd import ssd, ssd_core, ssd_reference, triton_scan
+from polylepis.kernels.ssd.triton_config import INTERPRETER
+
+F32 = torch.float32
+TOLERANCE = 1e-5
+
+
+def triton(**kw: Any) -> Any:
+    return ssd(**{"chunk_size": 16, "backend": "triton", **kw})
+
+
+def exact(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: t.detach().double().requires_grad_() for name, t in tensors.items()}
+
+
+@pytest.fixture
+def config(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """Replace fields of the interpreter's configuration."""
+
+    def change(**fields: Any) -> None:
+        monkeypatch.setattr(triton_scan, "INTERPRETER", INTERPRETER._replace(**fields))
+
+    yield change
+
+
+@pytest.mark.parametrize("save", [False, True])
+@pytest.mark.parametrize("shape", [(1, 1, 1, 1, 1, 1), (2, 37, 4, 5, 2, 19), (1, 20, 3, 21, 3, 3)], ids=str)
+def test_against_reference(shape: tuple[int, ...], save: bool) -> None:
+    t = draw(*shape, F32)
+    # one token has no decay gradient beyond the initial state's
+    assert_close(run(triton, t, save_states=save), run(ssd_reference, exact(t)), TOLERANCE)
+
+
+def test_chunk_of_several_row_tiles_and_split_heads(config: Any) -> None:
+    """Row tiles below the chunk, states cut into blocks, and heads of a group in several programs."""
+    t = draw(1, 45, 4, 24, 1, 8, F32)
+    want = run(ssd_reference, exact(t))
+    for slots in (1, 12, 1000):
+        config(slots=slots)
+        assert_close(run(triton, t, chunk_size=32), want, TOLERANCE)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_documents_against_reference(layout: str) -> None:
+    ids = LAYOUTS[layout]
+    t = draw(1, ids.shape[1], 2, 3, 1, 2, F32)
+    got = run(triton, t, seq_idx=ids)
+    assert_close(got, run(ssd_reference, exact(t), seq_idx=ids), TOLERANCE)
+    assert (got[0][ids < 0] == 0).all()
+
+
+def test_core_and_either_output_alone() -> None:
+    t = draw(1, 21, 2, 3, 1, 2, F32)
+    t["log_decay"] = (-t["dt"].abs()).detach().requires_grad_()
+    names = ("x", "log_decay", "dt", "B", "C", "D", "initial_states")
+    for index in (0, 1):
+        grads = []
+        for tensors, backend in ((t, "triton"), (exact(t), "torch")):
+            x, decay, scale, B, C, D, initial = (tensors[name] for name in names)
+            out = ssd_core(
+                *(x, decay, scale, B, C),
+                D=D,
+                initial_states=initial,
+                chunk_size=16,
+                return_final_states=True,
+                backend=backend,
+            )[index]
+            weight = torch.randn(out.shape, generator=torch.Generator().manual_seed(3)).to(out.dtype)
+            used = [tensors[n] for n in names if index == 0 or n not in ("C", "D")]
+            grads.append((out.detach(), *torch.autograd.grad((out * weight).sum(), used)))
+        assert_close(grads[0], grads[1], TOLERANCE)
+
+
+@settings(max_examples=4, deadline=None, derandomize=True)
+@given(st.integers(2, 40), st.integers(1, 39), st.booleans(), st.integers(0, 1000))
+def test_split_invariance(l: int, cut: int, with_documents: bool, seed: int) -> None:
+    k = min(cut, l - 1)
+    t = draw(1, l, 2, 3, 1, 2, F32, seed=seed)
+    ids = (torch.rand(1, l, generator=torch.Generator().manual_seed(seed)) < 0.2).cumsum(1) if with_documents else None
+    if ids is not None:
+        ids[:, k] = ids[:, k - 1]
+        ids[:, k:] = ids[:, k:].cummax(1).values
+
+    def in_two(**kw: Any) -> tuple[Tensor, Tensor]:
+        names = ("x", "dt", "B", "C", "z")
+        first = {n: v[:, :k] if n in names else v for n, v in kw.items()}
+        second = {n: v[:, k:] if n in names else v for n, v in kw.items()}
+        left, right = (None, None) if ids is None else (ids[:, :k], ids[:, k:])
+        y1, state = triton(**first, seq_idx=left)
+        y2, final = triton(**{**second, "initial_states": state}, seq_idx=right)
+        return torch.cat([y1, y2], dim=1), final
+
+    assert_close(run(in_two, t), run(triton, t, seq_idx=ids), TOLERANCE)
+
+
+@pytest.mark.parametrize("A, dt", [(-64.0, 20.0), (-64.0, -20.0), (-16.0, 20.0), (-1e4, 1e4)])
+def test_extreme_decays_stay_finite(A: float, dt: float) -> None:
+    t = draw(1, 40, 2, 3, 1, 2, F32)
+    with torch.no_grad():
+        t["A"].fill_(A)
+        t["dt"].fill_(dt)
+        t["dt_bias"].zero_()
+        t["dt"][:, ::7] = 0.01
+    ids = packed((-1, 3), (0, 15), (1, 12), (-1, 10))
+    for seq_idx in (None, ids):
+        want = run(ssd_reference, exact(t), seq_idx=seq_idx)
+        assert_close(run(triton, t, seq_idx=seq_idx), want, 2e-4, least=1.0)
+
+
+def test_isolation_is_exact() -> None:
+    ids = packed((0, 11), (-1, 4), (1, 13), (-1, 3))
+    t = draw(1, 31, 2, 3, 1, 2, F32)
+    y, final = triton(**t, dt_softplus=True, seq_idx=ids, return_final_states=True)
+    tokens = [t[k] for k in ("x", "dt", "B", "C", "z")]
+    loss = y[:, 12:].square().sum() + final.square().sum()
+    *grads, start = torch.autograd.grad(loss, [*tokens, t["initial_states"]], retain_graph=True)
+    for grad in grads:
+        assert (grad[ids != 1] == 0).all() and (grad[ids == 1] != 0).any()
+    assert (start == 0).all()
+    for grad in torch.autograd.grad(y[:, :12].square().sum(), tokens):
+        assert (grad[ids != 0] == 0).all()
+
+
+def test_two_runs_are_bitwise_equal(config: Any) -> None:
+    config(slots=1000)
+    t = draw(2, 33, 4, 3, 2, 2, F32)
+    ids = packed((0, 20), (1, 13)).expand(2, -1)
+    for a, b in zip(run(triton, t, seq_idx=ids), run(triton, t, seq_idx=ids), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_non_contiguous_slices() -> None:
+    """x, B and C as slices of one projection, a transposed gradient, an expanded one, and a dt_bias per token."""
+    wide = torch.randn(2, 20, 8 + 2 * 3, requires_grad=True)
+    x, B, C = (part.unflatten(-1, (-1, k)) for part, k in zip(wide.split([8, 3, 3], -1), (4, 3, 3), strict=True))
+    bias, dt, A = torch.randn(2, 20, 2), torch.randn(2, 2, 20).transpose(1, 2), -torch.rand(2)
+    weight = torch.randn(4, 2, 20, 2).permute(3, 2, 1, 0)
+    for w in (weight, torch.ones(()).expand(2, 20, 2, 4)):
+        got, want = (
+            torch.autograd.grad((f(x=x, dt=dt, A=A, B=B, C=C, dt_bias=bias, dt_softplus=True) * w).sum(), wide)[0]
+            for f in (triton, ssd_reference)
+        )
+        assert_close((got,), (want,), TOLERANCE)
+
+
+def test_dt_limit_clamps() -> None:
+    t = draw(1, 20, 2, 3, 1, 2, F32)
+    want = run(ssd_reference, exact(t), dt_limit=(0.3, 0.9))
+    assert_close(run(triton, t, dt_limit=(0.3, 0.9)), want, TOLERANCE)
+
+
+def test_offsets_beyond_32_bits() -> None:
+    """Rows of a batch 2³¹ elements apart, in memory that is never touched in between."""
+    far = 2**31 + 64
+    store = torch.empty(far + 4096, dtype=torch.float16)
+    x = store.as_strided((2, 20, 2, 4), (far, 8, 4, 1))
+    rest = draw(2, 20, 2, 4, 1, 3, F32)
+    x.copy_(rest["x"].detach())
+    args = {k: rest[k].detach() for k in ("dt", "A", "B", "C")}
+    got, want = triton(x=x, **args, dt_softplus=True), triton(x=x.clone(), **args, dt_softplus=True)
+    assert torch.equal(got, want) and got[1].abs().sum() > 0
+
+
+@pytest.mark.usefixtures("bfloat16")
+def test_bfloat16() -> None:
+    names = [k for k in draw(1, 1, 1, 1, 1, 1) if k != "z"]
+    t = {k: v for k, v in draw(2, 37, 4, 5, 2, 19).items() if k in names}
+    rounded = {k: v.detach().bfloat16().double().requires_grad_() for k, v in t.items()}
+    low = {k: v.detach().bfloat16().requires_grad_() for k, v in rounded.items()}
+    got = run(triton, low)
+    assert got[0].dtype == torch.bfloat16 and got[1].dtype == F32 and all(g.dtype == torch.bfloat16 for g in got[2:])
+    assert_close(got, run(ssd_reference, rounded), 2e-2)
+
+
+def operator_arguments() -> tuple[Any, ...]:
+    t = draw(1, 18, 2, 3, 1, 2, F32)
+    code = torch.zeros(1, 18, dtype=torch.int32)
+    code[:, 7:] = 2
+    names = ("x", "dt", "A", "dt_bias", "B", "C", "D", "initial_states")
+    return (*(t[n] for n in names), code, True, True, 0.0, float("inf"), 16, 16)
+
+
+@pytest.mark.parametrize("save", [False, True])
+def test_opcheck(save: bool) -> None:
+    torch.library.opcheck(torch.ops.polylepis.ssd_forward.default, (*operator_arguments(), save))
+
+
+def test_compiles_into_one_graph() -> None:
+    t = draw(1, 18, 2, 3, 1, 2, F32)
+    compiled = torch.compile(triton, fullgraph=True, backend="aot_eager")
+    for a, b in zip(run(compiled, t), run(triton, t), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_checkpoint_policy_saves_or_recomputes() -> None:
+    t = draw(1, 18, 2, 3, 1, 2, F32)
+    want = run(triton, t)
+    original, calls = triton_scan.outputs, []
+    for policy, expected in ((CheckpointPolicy.MUST_SAVE, 1), (CheckpointPolicy.MUST_RECOMPUTE, 2)):
+
+        def choose(ctx: Any, op: Any, *args: Any, _policy: Any = policy, **kw: Any) -> CheckpointPolicy:
+            return _policy if "ssd_forward" in str(op) else CheckpointPolicy.PREFER_RECOMPUTE
+
+        def under(_choose: Any = choose, **kw: Any) -> Any:
+            context = lambda: create_selective_checkpoint_contexts(_choose)  # noqa: E731
+            return checkpoint(triton, use_reentrant=False, context_fn=context, **kw)
+
+        calls.clear()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(triton_scan, "outputs", lambda *a, **k: (calls.append(1), original(*a, **k))[1])
+            got = run(under, t)
+        assert len(calls) == expected
+        assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+def test_refusals() -> None:
+    t = {k: v.detach() for k, v in draw(1, 6, 2, 3, 1, 2, F32).items() if k != "z"}
+    wide = torch.zeros(1, 6, 2, 200)
+    cases: list[tuple[dict[str, Any], str]] = [
+        ({"x": t["x"].double()}, "x is torch.float64, expected float32, bfloat16 or float16"),
+        ({"A": t["A"].double()}, "A is torch.float64"),
+        ({"B": t["B"].to("meta")}, "B is on meta, expected cpu as x"),
+        ({"x": wide, "initial_states": None}, "head_dim 200"),
+        ({"D": torch.ones(3)}, "D has shape"),
+        ({"dt_bias": torch.ones(3)}, "dt_bias has shape"),
+        ({"chunk_size": 0}, "chunk_size is 0"),
+    ]
+    for change, message in cases:
+        with pytest.raises(ValueError, match=message):
+            triton(**{**t, **change})
+
+
+@pytest.mark.parametrize("layout", DOCUMENTS)
+def test_segments_equal_the_whole(layout: str) -> None:
+    ids = DOCUMENTS[layout]
+    want = segments(ids, "torch", torch.float64, False)
+    assert_close(segments(ids, "triton", F32, True), want, TOLERANCE)
+
+
+def test_segment_opcheck() -> None:
+    t = draw(1, 18, 2, 3, 1, 2, F32)
+    names, code = ("x", "dt", "dt", "B"), torch.zeros(1, 18, dtype=torch.int32)
+    args = (*(t[n] for n in names), code, 16, 16)
+    torch.library.opcheck(torch.ops.polylepis.ssd_segment.default, args)
+    kept = [k.detach() for k in torch.ops.polylepis.ssd_segment(*args)[1:]]
+    rest = (*(t[n] for n in (*names, "C", "D", "initial_states")), code, *kept, 16, 16)
+    torch.library.opcheck(torch.ops.polylepis.ssd_entered.default, rest)
+
+
+def test_expanded_parameters_and_transposed_ids() -> None:
+    """A, D and dt_bias with stride 0 (one value for all heads), ids as a transposed view."""
+    t = {k: v.detach() for k, v in draw(2, 20, 4, 3, 2, 2, F32).items()}
+    for name in ("A", "D", "dt_bias"):
+        t[name] = t[name][:1].expand(4)
+    ids = torch.tensor([[0] * 9 + [1] * 11, [0] * 15 + [2] * 5]).T.contiguous().T
+    one = {k: t[k][:1].clone().requires_grad_() for k in ("A", "D", "dt_bias")}
+    grads = []
+    for function, dtype in ((triton, F32), (ssd_reference, torch.float64)):
+        leaves = {k: v.detach().to(dtype).requires_grad_() for k, v in one.items()}
+        args = {k: v.to(dtype) for k, v in t.items()} | {k: v.expand(4) for k, v in leaves.items()}
+        y = function(**args, dt_softplus=True, seq_idx=ids)
+        grads.append((y.detach(), *torch.autograd.grad(y.square().sum(), list(leaves.values()))))
+    assert_close(grads[0], grads[1], TOLERANCE)

@@ -1,0 +1,76 @@
+"""Every shipped configuration compiles for sm_90 without a GPU, spills nothing and fits the shared memory of an SM.
+
+Exceptions are written down here with their reason; a larger spill fails.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+if sys.platform != "linux":
+    pytest.skip("Triton compiles on Linux only", allow_module_level=True)
+sys.path.insert(0, str(Path(__file__).parent))
+import triton
+from static_gate import Use, row_uses, scan_uses
+
+from polylepis.kernels.ssd.triton_config import HALF, HALVES
+
+SHARED = 227 * 1024
+# Packed documents cost dx one 8-byte value per thread, stored once per head; every variant without it that was tried
+# spilled more. float32 is the path that checks the others: three tensor-core passes per product (tf32x3) hold
+# every operand twice
+ALLOWED = {"output_kernel float32": 16, "dx_kernel float32": 128, "dx_kernel bfloat16 P64 N128 Q64 packed": 8}
+if triton.__version__.startswith("3.6."):
+    # its register allocation is a little worse than 3.7's; smaller tiles would lose Hopper's matrix instructions
+    ALLOWED |= {"output_kernel bfloat16 P64 N128 Q128": 72, "dx_kernel bfloat16 P64 N128 Q64 packed": 32}
+
+
+def check(uses: list[Use]) -> None:
+    assert uses
+    for use in uses:
+        allowed = next((most for name, most in ALLOWED.items() if use.kernel.startswith(name)), 0)
+        assert use.stack <= allowed, f"{use.kernel} spills {use.stack} bytes per thread, allowed are {allowed}"
+        assert use.shared <= SHARED, f"{use.kernel} takes {use.shared} bytes of shared memory, at most {SHARED} exist"
+
+
+@pytest.mark.parametrize("dtype, packed", [(torch.bfloat16, False), (torch.bfloat16, True), (torch.float32, True)])
+def test_scan(dtype: torch.dtype, packed: bool) -> None:
+    uses = scan_uses(dtype, packed, segments=packed and dtype == torch.bfloat16)
+    assert len({use.kernel.split()[0] for use in uses}) == 6
+    check(uses)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_convolution_norms_and_steps(dtype: torch.dtype) -> None:
+    uses = row_uses(dtype)
+    assert len({use.kernel.split()[0] for use in uses}) == 6
+    check(uses)
+
+
+def test_candidates() -> None:
+    """What the tuning chooses from."""
+    for index in (1, 2):
+        config = HALF._replace(**{name: listed[index] for name, listed in HALVES.items() if index < len(listed)})
+        check(scan_uses(torch.bfloat16, False, config=config))
+
+
+@pytest.mark.parametrize("p, n", [(32, 16), (128, 256)])
+def test_other_shapes_compile(p: int, n: int) -> None:
+    for use in scan_uses(torch.bfloat16, True, p=p, n=n):
+        assert use.shared <= SHARED, use
+
+
+@pytest.mark.full
+@pytest.mark.skipif("TRITON_36" not in os.environ, reason="TRITON_36 names no `pip install --target DIR triton==3.6.0`")
+def test_under_triton_3_6() -> None:
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not full", __file__]
+    environment = os.environ | {"PYTHONPATH": os.environ["TRITON_36"]}
+    done = subprocess.run(command, cwd=Path(__file__).parents[2], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-4000:]
