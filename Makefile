@@ -35,7 +35,7 @@ test: $(VENV)/.dev  ## the suite that every commit passes
 	$(BIN)/python -m pytest -q -m "not full"
 
 test-full: $(VENV)/.dev $(VENV)/.triton36  ## everything, minutes longer; the static gate also with Triton 3.6
-	TRITON_36=$(VENV)/triton36 $(BIN)/python -m pytest -q
+	TRITON_36=$(CURDIR)/$(VENV)/triton36 $(BIN)/python -m pytest -q
 
 $(VENV)/.triton36: $(VENV)/.base
 	$(BIN)/pip install -q --no-deps --target $(VENV)/triton36 "triton==3.6.0"
