@@ -158,3 +158,11 @@ def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
 def test_the_8b_recipe_at_tp_4(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["verify", "mamba2-hybrid-8b"]) == 0
     assert "tp 4" in capsys.readouterr().out
+
+
+def test_an_excess_ends_with_exit_code_1(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    line = verify_module.Line("float64", "gradients", 1e-3, 1e-9, "layers.0.norm.weight")
+    monkeypatch.setattr(verify_module, "verify_config", lambda *args: (plan(tp=2), [line]))
+    assert main(["verify", "quickstart"]) == 1
+    output = capsys.readouterr().out
+    assert "EXCEEDED  layers.0.norm.weight" in output and "NOT EQUAL" in output
