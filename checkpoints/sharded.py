@@ -63,7 +63,7 @@ def save_checkpoint(
     keep: int = 0,
     keep_every: int = 0,
 ) -> Path:
-    """Write `folder/step-XXXXXXXX`: aside, then the manifest, then one rename. All ranks call it.
+    """Write `folder/step-<8 digits>`: aside, then the manifest, then one rename. All ranks call it.
 
     Args:
         folder: the run's checkpoint folder.

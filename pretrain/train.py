@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import importlib.util
 import os
 import sys
@@ -170,8 +171,6 @@ def open_tracker(config: RunConfig, first: int) -> Iterator[Tracker | None]:
         return
     with Tracker(config.path, config.train.steps, first) as tracker:
         if config.tracking.wandb != "disabled" and first < config.train.steps:
-            import dataclasses
-
             values = dataclasses.asdict(config)
             tracker.start_wandb(config.tracking.wandb, config.tracking.project, config.name, values)
         yield tracker

@@ -23,6 +23,7 @@ from torch.distributed.tensor import DTensor
 from ..data.stream import Stream
 from ..parallel.engines.fsdp import build_model, gradient_norm
 from ..parallel.kinds.moe import MoE
+from ..parallel.layout import Layout
 from ..parallel.mesh import Mesh, MeshConfig, build_mesh
 from ..parallel.model import HybridModel
 from ..parallel.parts import named_parts, split_bank
@@ -110,8 +111,6 @@ def measure(config: RunConfig, mesh: Mesh, dtype: torch.dtype, choices: Choices 
 
 def _share_of(chosen: Tensor, batch: dict[str, Tensor], model: HybridModel) -> Tensor:
     """Of the choices [T, k] for a micro-batch, those for this context-parallel rank's tokens."""
-    from ..parallel.layout import Layout
-
     return Layout.from_batch(batch, len(model.config.modalities), model.mesh).mine(chosen)
 
 

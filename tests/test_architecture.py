@@ -53,11 +53,6 @@ def ours(name: str) -> str:
     return name.removeprefix("polylepis.")
 
 
-def is_exported(path: Path) -> bool:
-    """Modelling files that are copied into exports are self-contained: they import by their copied names."""
-    return path.parent.name == "hf" and path.name.endswith("_polylepis.py")
-
-
 @pytest.mark.parametrize("path", modules(), ids=name_of)
 def test_imports_run_downwards(path: Path) -> None:
     room = path.relative_to(ROOT).parts[0]

@@ -6,6 +6,7 @@ The router is that of DeepSeek-V3 and NemotronH: scores = sigmoid(logits); the b
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +16,7 @@ from ...kernels.routed_gemm import routed_linear
 from ..errors import PlanError
 from ..layout import Layout
 from ..linear import packed_linear
+from ..mesh import Mesh
 from ..parts import Init, Part, local
 from ..routing import Route, route
 from .base import HFKey, Kind, Mixer, NewTokens, Shape, flat, squared_relu
@@ -69,8 +71,8 @@ class MoE(Mixer):
 
     config: MoEConfig
 
-    def __init__(self, config: MoEConfig, shape: Shape, mesh: object, parts_: dict[str, Part]) -> None:
-        super().__init__(config, shape, mesh, parts_)  # type: ignore[arg-type]
+    def __init__(self, config: MoEConfig, shape: Shape, mesh: Mesh, parts: Mapping[str, Part]) -> None:
+        super().__init__(config, shape, mesh, parts)
         self.register_buffer("selection_bias", torch.zeros(config.n_experts))
         self.register_buffer("load", torch.zeros(config.n_experts), persistent=False)
         # For comparisons: what to choose instead of choosing (so that near-ties do not flip), and what was chosen.
