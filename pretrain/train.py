@@ -18,16 +18,16 @@ import torch.distributed as dist
 from ..checkpoints.manifest import newest_checkpoint
 from ..checkpoints.sharded import load_checkpoint, save_checkpoint
 from ..data.stream import Step, Stream
-from ..parallel.engines.fsdp import build_model, gradient_norm, scale_gradients
+from ..parallel.engines.base import Engine
+from ..parallel.engines.fsdp import FSDPEngine, build_model
 from ..parallel.kinds.moe import MoE
 from ..parallel.megatron import preload
-from ..parallel.mesh import build_mesh
-from ..parallel.model import HybridModel
+from ..parallel.mesh import Mesh, build_mesh
 from .config import RunConfig, load_config
 from .errors import DivergenceError
 from .meter.tracker import Tracker, plot_losses
 from .objectives.next_token import next_token
-from .optim import build_optimizer, set_lr
+from .optim import build_optimizer
 from .prepare import check_run, open_data, prepare_folder
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -43,8 +43,7 @@ def train(config: RunConfig) -> None:
     dataset = open_data(config)
     world = dist.group.WORLD if dist.get_world_size() > 1 else None  # ranks agree on quarantined samples
     stream = Stream(dataset, config.data, dp_rank=mesh.dp_rank, dp_size=mesh.dp_size, group=world)
-    model = build_model(config.model, mesh, seed=config.seed, compute_dtype=DTYPES[config.train.precision])
-    optimizer = build_optimizer(config.optim, model)
+    engine = build_engine(config, mesh)
 
     first = 0
     if dist.get_rank() == 0:
@@ -52,7 +51,7 @@ def train(config: RunConfig) -> None:
     dist.barrier()
     resumed = newest_checkpoint(config.checkpoints)
     if resumed is not None:
-        manifest = load_checkpoint(resumed, model, optimizer)
+        manifest = load_checkpoint(resumed, engine.models[0], engine.optimizer)
         stream.load_state_dict(manifest["data"])
         first = manifest["step"]
 
@@ -64,20 +63,13 @@ def train(config: RunConfig) -> None:
                 check_agreement(step + 1, data.doc_digest)
                 waited = time.perf_counter() - started
 
-                sums = torch.zeros(len(config.model.modalities), device=mesh.device)
-                for batch in data.micro_batches:
-                    output = next_token(model, batch, data.total_weight)
-                    output.loss.backward()
-                    sums += output.sums
-
-                norm = gradient_norm(model.parameters())
+                sums = engine.accumulate(data.micro_batches, data.total_weight)
+                norm = engine.gradient_norm()
                 if config.optim.clip and norm > config.optim.clip:
-                    scale_gradients(model.parameters(), config.optim.clip / norm)
+                    engine.scale(config.optim.clip / norm)
                 lr = config.optim.lr * config.optim.factor(step, config.train.steps)
-                set_lr(optimizer, lr)
-                optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
-                balance_experts(model)
+                engine.update(lr)
+                balance_experts(engine)
 
                 dist.all_reduce(sums)
                 losses = sums / mesh.tp_size  # every tp rank counted the same tokens
@@ -86,12 +78,17 @@ def train(config: RunConfig) -> None:
                     tracker.log(step_metrics(config, step + 1, data, losses.tolist(), norm, lr, seconds, waited))
                 if is_checkpoint_step(config, step + 1):
                     extra = {"step": step + 1, "data": stream.state_dict()}
-                    save_checkpoint(
-                        config.checkpoints, model, optimizer, extra, config.train.keep, config.train.keep_every
-                    )
+                    (model,), keep = engine.models, (config.train.keep, config.train.keep_every)
+                    save_checkpoint(config.checkpoints, model, engine.optimizer, extra, *keep)
 
     if tracker is not None and importlib.util.find_spec("matplotlib") and first < config.train.steps:
         plot_losses(config.path, config.model.modalities)
+
+
+def build_engine(config: RunConfig, mesh: Mesh) -> Engine:
+    """Model, optimizer and objective of the run, on this rank."""
+    model = build_model(config.model, mesh, seed=config.seed, compute_dtype=DTYPES[config.train.precision])
+    return FSDPEngine(model, build_optimizer(config.optim, model), next_token)
 
 
 @contextlib.contextmanager
@@ -125,14 +122,14 @@ def check_agreement(step: int, digest: str) -> None:
         )
 
 
-def balance_experts(model: HybridModel) -> None:
+def balance_experts(engine: Engine) -> None:
     """Loss-free balancing: one all-reduce of all layers' loads, then each layer moves its selection biases."""
-    layers = [module for module in model.modules() if isinstance(module, MoE)]
+    layers = [module for model in engine.models for module in model.modules() if isinstance(module, MoE)]
     if not layers:
         return
     loads = torch.stack([layer.load for layer in layers])
     dist.all_reduce(loads)
-    for layer, load in zip(layers, loads / model.mesh.tp_size, strict=True):
+    for layer, load in zip(layers, loads / engine.mesh.tp_size, strict=True):
         layer.balance(load)
 
 

@@ -7,7 +7,7 @@ does not show in an AdamW step (the step is scale-free); it shows in gradients a
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 import torch.distributed as dist
@@ -19,6 +19,7 @@ from ..errors import PlanError
 from ..mesh import Mesh
 from ..model import HybridModel, ModelConfig
 from ..parts import fsdp_placement, materialise, named_parts
+from .base import Batch, Objective
 
 
 def build_model(
@@ -116,3 +117,35 @@ def scale_gradients(parameters: Iterable[nn.Parameter], factor: float) -> None:
     """Multiply every gradient, in place."""
     grads = [p.grad.to_local() for p in parameters if isinstance(p.grad, DTensor)]
     torch._foreach_mul_(grads, factor)
+
+
+class FSDPEngine:
+    """One sharded model on this rank, its micro-batches one after another. See `Engine`."""
+
+    def __init__(self, model: HybridModel, optimizer: torch.optim.Optimizer, objective: Objective) -> None:
+        self.mesh, self.optimizer, self._objective = model.mesh, optimizer, objective
+        self.models: tuple[HybridModel, ...] = (model,)
+
+    def accumulate(self, batches: Sequence[Batch], total_weight: float) -> Tensor:
+        (model,) = self.models
+        sums = torch.zeros(len(model.config.modalities), device=self.mesh.device)
+        for batch in batches:
+            output = self._objective(model, batch, total_weight)
+            output.loss.backward()
+            sums += output.sums
+        return sums
+
+    def gradient_norm(self) -> float:
+        return gradient_norm(p for model in self.models for p in model.parameters())
+
+    def scale(self, factor: float) -> None:
+        scale_gradients((p for model in self.models for p in model.parameters()), factor)
+
+    def update(self, lr: float) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.step()
+        self.discard()
+
+    def discard(self) -> None:
+        self.optimizer.zero_grad(set_to_none=True)

@@ -1,0 +1,73 @@
+"""What lies between a step's micro-batches and the updated weights: one protocol, several engines."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from ..mesh import Mesh
+from ..model import HybridModel
+
+
+class Output(Protocol):
+    """What an objective makes of one micro-batch.
+
+    Attributes:
+        loss: this rank's share of Σ w·ℓ / W, a scalar to call `backward` on.
+        sums: unweighted Σ ℓ per modality [n_modalities], detached.
+    """
+
+    @property
+    def loss(self) -> Tensor: ...
+
+    @property
+    def sums(self) -> Tensor: ...
+
+
+Batch = Mapping[str, Tensor]
+Objective = Callable[[HybridModel, Batch, float], Output]
+
+
+class Engine(Protocol):
+    """Forward, backward and update of the layers that live on this rank.
+
+    Attributes:
+        mesh: of all ranks.
+        models: the layers of this rank: one model, or one per pipeline stage that it holds.
+        optimizer: over the parameters of `models`.
+    """
+
+    mesh: Mesh
+    models: tuple[HybridModel, ...]
+    optimizer: torch.optim.Optimizer
+
+    def accumulate(self, batches: Sequence[Batch], total_weight: float) -> Tensor:
+        """Forward and backward of this rank's micro-batches of one step; gradients wait for `update`.
+
+        Args:
+            batches: CPU tensors of the batch contract.
+            total_weight: W, Σ of loss weights over the *global* batch; every reduction is a sum.
+
+        Returns:
+            Unweighted Σ ℓ per modality [n_modalities] over what this rank saw; every tp rank sees the same tokens.
+        """
+        ...
+
+    def gradient_norm(self) -> float:
+        """The 2-norm of the whole model's gradient, the same on all ranks."""
+        ...
+
+    def scale(self, factor: float) -> None:
+        """Multiply every gradient, in place."""
+        ...
+
+    def update(self, lr: float) -> None:
+        """One optimizer step; gradients are gone afterwards."""
+        ...
+
+    def discard(self) -> None:
+        """Forget the gradients without a step."""
+        ...
