@@ -9,6 +9,7 @@ from ..data import mock
 from ..data.dataset import Dataset
 from ..data.stream import Stream
 from ..parallel.context import cut_tokens
+from .claim import check_free
 from .config import CONFIG_FILE, RunConfig, differing_keys, load_config, to_yaml
 from .errors import ConfigError
 
@@ -95,6 +96,7 @@ def check_folder(config: RunConfig) -> None:
 def prepare_folder(config: RunConfig) -> None:
     """Create the run folder and write the resolved configuration into it."""
     check_folder(config)
+    check_free(config.path)
     config.path.mkdir(parents=True, exist_ok=True)
     aside = config.path / f".{CONFIG_FILE}.part"
     aside.write_text(to_yaml(config))
