@@ -18,6 +18,8 @@ ROOMS = {
     "convert": ("polylepis.checkpoints.commands", "convert", "Convert a run to Hugging Face format, and verify it."),
     "verify": ("polylepis.pretrain.commands", "verify", "Prove that a parallel plan equals one process, on the CPU."),
     "checkpoint": ("polylepis.checkpoints.commands", "checkpoint", "Inspect, verify, compare and prune checkpoints."),
+    "launch": ("polylepis.launch.commands", "launch", "Write job scripts (torchrun, SLURM), submit, watch, stop."),
+    "doctor": ("polylepis.launch.commands", "doctor", "Are these machines fit to train? Each alone, then together."),
     "recipes": ("polylepis.pretrain.commands", "recipes", "List and show the recipes of the package."),
 }
 
