@@ -21,9 +21,9 @@ def common_options(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option("--gpus-per-node", "gpus", type=int, help="GPUs of each, one process per GPU."),
         click.option("--procs-per-node", "procs", type=int, help="Processes on each, where they are not its GPUs."),
         click.option("--setup", multiple=True, help="Shell lines, or a file of them, run on every node before Python."),
-        click.option("--env", multiple=True, metavar="KEY=VALUE", help="Export a variable; wins over the script's own."),
+        click.option("--env", multiple=True, metavar="KEY=VALUE", help="Export a variable; wins over the script's."),
         click.option("--doctor", is_flag=True, help="Check the nodes before training."),
-        click.option("--submit", is_flag=True, help="Submit it (SLURM), or start it here in the background (torchrun)."),
+        click.option("--submit", is_flag=True, help="Submit it (SLURM), or start it here (torchrun)."),
         click.option("--elsewhere", is_flag=True, help="Written for a cluster that this machine cannot see: data, "
                      "image and partition are not looked at."),
     ]):  # fmt: skip
@@ -67,7 +67,9 @@ def torchrun(config: str, overrides: tuple[str, ...], **options: Any) -> None:
 @click.option("--container-mount", "mounts", multiple=True, metavar="SOURCE:TARGET", help="Mount into the container.")
 @click.option("--container-flag", "flags", multiple=True, help="A further option of srun for the container.")
 @click.option("--sweep", multiple=True, metavar="KEY=A,B", help="A job array with one run for each combination.")
-@click.option("--chain", default=1, show_default=True, help="Jobs that follow one another, for runs beyond a time limit.")
+@click.option(
+    "--chain", default=1, show_default=True, help="Jobs that follow one another, for runs beyond a time limit."
+)
 def slurm(config: str, overrides: tuple[str, ...], sweep: tuple[str, ...], **options: Any) -> None:
     """Write a SLURM script for CONFIG.
 
@@ -140,3 +142,44 @@ def stop(run: Path, now: bool) -> None:
 
     for line in runs.stop(run, now):
         click.echo(f"{run}: {line}")
+
+
+@click.command()
+@click.argument("config", required=False)
+@click.argument("overrides", nargs=-1)
+@click.option(
+    "--stage",
+    type=click.Choice(["node", "ranks", "all"]),
+    default="all",
+    show_default=True,
+    help="Each node alone, the ranks together, or both.",
+)
+@click.option("--procs", type=int, help="Processes on this node; what the mesh asks for otherwise.")
+@click.option("--out", type=click.Path(path_type=Path), help="Where findings go; RUN/launch/doctor otherwise.")
+@click.option("--thresholds", type=click.Path(path_type=Path), help="A YAML file; see the package's thresholds.yaml.")
+@click.option("--json", "as_json", is_flag=True, help="For programs.")
+@click.option("--collect", is_flag=True, help="Examine nothing: put the findings in --out together.")
+def doctor(
+    config: str | None,
+    overrides: tuple[str, ...],
+    stage: str,
+    procs: int | None,
+    out: Path | None,
+    thresholds: Path | None,
+    as_json: bool,
+    collect: bool,
+) -> None:
+    """Are these machines fit to train CONFIG? Exit code 1 where they are not.
+
+    Stage "node" needs no rendezvous: memory, disk, clock, limits, network, GPUs, data, kernels. Stage "ranks" starts
+    processes: all-reduce right and how fast, slow links, clock skew, equal code, a shared folder. On a cluster
+    `polylepis launch … --doctor` runs both before training; --collect then lists passing and failing nodes.
+    """
+    from .doctor.run import collect_findings, examine
+
+    if collect:
+        passed = collect_findings(out, as_json)
+    else:
+        passed = examine(config, overrides, stage, procs, out, thresholds, as_json)
+    if not passed:
+        raise SystemExit(1)

@@ -75,7 +75,9 @@ def render(kind: str, config: RunConfig, request: Request, places: Places) -> st
         job=job_name(config.name),
         nodes=most,
         launch=places.launch,
-        launch_path=shlex.quote(places.launch) if places.launch.startswith("/") else f'"$PWD"/{shlex.quote(places.launch)}',
+        launch_path=shlex.quote(places.launch)
+        if places.launch.startswith("/")
+        else f'"$PWD"/{shlex.quote(places.launch)}',
         runs=places.runs,
         bin=places.bin,
         plan=plan_environment(config, most * request.procs),
@@ -87,7 +89,7 @@ def _srun(request: Request) -> Sequence[str]:
     """Options of srun, a line each."""
     lines = [
         '--kill-on-bad-exit=1 --cpus-per-task="$CPUS"',
-        '--open-mode=append --output="$LAUNCH/%x-%j-%N.log"',
+        '--open-mode=append --output="$LAUNCH/%x-%j-%n.log"',
     ]
     container = request.container
     if container is not None:

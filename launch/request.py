@@ -96,15 +96,16 @@ class Request:
         least, most = self.nodes
         if not 1 <= least <= most:
             raise LaunchError(f"--nodes {least}:{most}: need 1 ≤ MIN ≤ MAX")
-        for name, value, minimum in (("procs-per-node", self.procs, 1), ("chain", self.chain, 1), ("grace", self.grace, 1),
-                                     ("gpus-per-node", self.gpus, 0), ("cpus-per-node", self.cpus, 0),
-                                     ("max-restarts", self.max_restarts, 0)):  # fmt: skip
+        least_values = {"procs_per_node": (self.procs, 1), "chain": (self.chain, 1), "grace": (self.grace, 1),
+                        "gpus_per_node": (self.gpus, 0), "cpus_per_node": (self.cpus, 0),
+                        "max_restarts": (self.max_restarts, 0)}  # fmt: skip
+        for name, (value, minimum) in least_values.items():
             if value < minimum:
-                raise LaunchError(f"--{name} {value}: must be at least {minimum}")
+                raise LaunchError(f"--{name.replace('_', '-')} {value}: must be at least {minimum}")
         if config.train.device == "cuda" and self.gpus != self.procs:
             raise LaunchError(
-                f"train.device is cuda: one process drives one GPU, but {self.procs} processes and {self.gpus} GPUs per "
-                f"node were asked for"
+                f"train.device is cuda: one process drives one GPU, but {self.procs} processes and {self.gpus} GPUs "
+                f"per node were asked for"
             )
         if self.cpus and self.cpus < self.procs:
             raise LaunchError(f"--cpus-per-node {self.cpus}: fewer than the {self.procs} processes of a node")
@@ -231,8 +232,8 @@ def plan_environment(config: RunConfig, world: int) -> list[tuple[str, str, str]
         return [(name, "1", why)]
     if mesh.tp > 1:
         why = (
-            f"tp {mesh.tp} would like it at 1, but parameters are sharded over dp_shard × cp = {mesh.dp_shard * mesh.cp} "
-            f"and one queue would hold FSDP's prefetch back"
+            f"tp {mesh.tp} would like it at 1, but parameters are sharded over dp_shard × cp = "
+            f"{mesh.dp_shard * mesh.cp} and one queue would hold FSDP's prefetch back"
         )
     else:
         why = "tp 1: there is no tensor-parallel collective to order, and FSDP wants several queues"
@@ -246,6 +247,8 @@ def check_sweep(values: Sequence[str]) -> list[tuple[str, list[str]]]:
         key, separator, raw = text.partition("=")
         choices = [choice for choice in raw.split(",") if choice]
         if not separator or len(choices) < 2 or len(set(choices)) < len(choices):
-            raise ConfigError(f"--sweep {text}: is written section.key=VALUE,VALUE,… with at least two different values")
+            raise ConfigError(
+                f"--sweep {text}: is written section.key=VALUE,VALUE,… with at least two different values"
+            )
         found.append((key, choices))
     return found

@@ -128,7 +128,9 @@ def as_text(found: dict[str, Any]) -> str:
     lines = [f"{found['run']}: {found['state']}"]
     if found["held_by"]:
         lines.append(f"  held by     {found['held_by']}, heartbeat {found['heartbeat_seconds']:.0f} s ago")
-    lines.append(f"  step        {found['step']:,} of {found['steps']:,}" if found["steps"] else "  step        none yet")
+    lines.append(
+        f"  step        {found['step']:,} of {found['steps']:,}" if found["steps"] else "  step        none yet"
+    )
     if found["loss"] is not None:
         lines.append(f"  loss        {found['loss']:.4f}, {found['step_seconds']:.3f} s a step")
     newest = found["newest_checkpoint"]

@@ -1,7 +1,7 @@
 """Machines for tests: a SLURM of two "nodes" on this one, and two "hosts" in network namespaces.
 
-Both need root and programs that are not Python's; where they are missing the tests are skipped, and say why. `make slurm`
-installs them on Debian.
+Both need root and programs that are not Python's; where they are missing the tests are skipped, and say why.
+`make slurm` installs them on Debian.
 """
 
 from __future__ import annotations
@@ -14,8 +14,10 @@ import socket
 import stat
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
+
+import psutil
 
 SLURM_PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "squeue", "sinfo")
 PATH = os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/sbin"])
@@ -119,10 +121,9 @@ class Slurm:
     def kill_node(self, node: str) -> None:
         """Everything of a node at once, as if its power had gone: the daemon, its step managers, their tasks."""
         daemon = int((self.folder / f"slurmd.{node}.pid").read_text())
-        victims = {daemon, *descendants(daemon)}
-        for pid, words in command_lines():
-            if words[0].startswith("slurmstepd") and node in _environment(pid, "SLURMD_NODENAME", "SLURM_NODE"):
-                victims |= {pid, *descendants(pid)}
+        spool = str(self.folder / "spool" / node)
+        managers = [c.pid for c in psutil.net_connections("unix") if str(c.laddr).startswith(spool) and c.pid]
+        victims = {victim for pid in (daemon, *managers) for victim in (pid, *descendants(pid))}
         for pid in sorted(victims):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
@@ -174,26 +175,10 @@ def wait_for(condition: Callable[[], bool], timeout: float, what: str) -> None:
 
 def descendants(pid: int) -> list[int]:
     """Processes below `pid`, whatever their session."""
-    import psutil
-
     try:
         return [child.pid for child in psutil.Process(pid).children(recursive=True)]
     except psutil.NoSuchProcess:
         return []
-
-
-def command_lines() -> Iterator[tuple[int, list[str]]]:
-    for folder in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):
-            words = (folder / "cmdline").read_bytes().decode(errors="replace").split("\0")
-            yield int(folder.name), words
-
-
-def _environment(pid: int, *names: str) -> set[str]:
-    with contextlib.suppress(OSError):
-        pairs = Path(f"/proc/{pid}/environ").read_bytes().decode(errors="replace").split("\0")
-        return {value for name, _, value in (pair.partition("=") for pair in pairs) if name in names}
-    return set()
 
 
 def _free_ports(count: int) -> int:
@@ -207,3 +192,57 @@ def _free_ports(count: int) -> int:
                 continue
             return first
     raise AssertionError("no free ports")
+
+
+def why_no_hosts() -> str:
+    """Why there cannot be two hosts in network namespaces here; "" where there can."""
+    if shutil.which("ip", path=PATH) is None:
+        return "not installed: ip (`make slurm` installs Debian's iproute2)"
+    if os.geteuid() != 0:
+        return "network namespaces need root"
+    probe = subprocess.run(["ip", "netns", "add", f"probe{os.getpid()}"], env=os.environ | {"PATH": PATH}, check=False)
+    if probe.returncode == 0:
+        subprocess.run(["ip", "netns", "del", f"probe{os.getpid()}"], env=os.environ | {"PATH": PATH}, check=True)
+    return "" if probe.returncode == 0 else "network namespaces are not permitted here"
+
+
+class Hosts:
+    """Two hosts with a cable between them: namespaces `a` and `b` with 10.77.0.1 and 10.77.0.2."""
+
+    def __init__(self) -> None:
+        self.names = {host: f"poly{os.getpid()}{host}" for host in ("a", "b")}
+        self.addresses = {"a": "10.77.0.1", "b": "10.77.0.2"}
+        self.cables = {host: f"v{os.getpid() % 100000}{host}" for host in ("a", "b")}
+
+    def start(self) -> None:
+        for host in self.names.values():
+            self._ip("netns", "add", host)
+        self._ip("link", "add", self.cables["a"], "type", "veth", "peer", "name", self.cables["b"])
+        for host, name in self.names.items():
+            self._ip("link", "set", self.cables[host], "netns", name)
+            self._ip("-n", name, "addr", "add", f"{self.addresses[host]}/24", "dev", self.cables[host])
+            self._ip("-n", name, "link", "set", self.cables[host], "up")
+            self._ip("-n", name, "link", "set", "lo", "up")
+
+    def run(self, host: str, command: list[str], log: Path, **environment: str) -> subprocess.Popen[bytes]:
+        """Start a command on a host, its network alone different."""
+        values = os.environ | {"PATH": PATH, "GLOO_SOCKET_IFNAME": self.cables[host]} | environment
+        with open(log, "ab") as out:
+            full = ["ip", "netns", "exec", self.names[host], *command]
+            return subprocess.Popen(full, env=values, stdout=out, stderr=out, start_new_session=True)
+
+    def kill(self, host: str) -> None:
+        """The power of a host goes: all of its processes at once."""
+        for pid in self._ip("netns", "pids", self.names[host]).split():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(int(pid), signal.SIGKILL)
+
+    def stop(self) -> None:
+        for host, name in self.names.items():
+            with contextlib.suppress(subprocess.CalledProcessError):
+                self.kill(host)
+                self._ip("netns", "del", name)
+
+    def _ip(self, *arguments: str) -> str:
+        environment = os.environ | {"PATH": PATH}
+        return subprocess.run(["ip", *arguments], env=environment, check=True, capture_output=True, text=True).stdout
