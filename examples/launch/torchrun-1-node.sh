@@ -10,7 +10,7 @@ if [ ! -f "$CONFIG" ]; then
   exit 2
 fi
 source /opt/polylepis/bin/activate
-CPUS=$(nproc)
+CPUS=$(env -u OMP_NUM_THREADS nproc)
 # As many threads as `polylepis train` uses, so that the same configuration gives the same bits either way.
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 # Network interfaces are found by NCCL and Gloo themselves; where they choose wrongly, `polylepis doctor` shows it and

@@ -12,7 +12,7 @@ if [ ! -f "$CONFIG" ]; then
   exit 2
 fi
 source /opt/polylepis/bin/activate
-CPUS=$(nproc)
+CPUS=$(env -u OMP_NUM_THREADS nproc)
 # torchrun would set 1. All cores of the node, shared among its workers.
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((CPUS > 8 ? CPUS / 8 : 1))}
 export NCCL_DEBUG=${NCCL_DEBUG:-WARN}
