@@ -15,6 +15,8 @@ import yaml
 
 from ..errors import LaunchError
 
+TOGETHER = ("ranks", "all nodes")  # reports that are not of one node
+SUMMARY = "summary.json"
 DEFAULTS = Path(__file__).parent / "thresholds.yaml"
 Status = Literal["ok", "warn", "fail", "skip"]
 ORDER: tuple[Status, ...] = ("skip", "ok", "warn", "fail")
@@ -147,9 +149,6 @@ def read_reports(folder: Path) -> list[Report]:
     return reports
 
 
-SUMMARY = "summary.json"
-
-
 def compare_facts(facts: dict[str, dict[str, str]]) -> tuple[Check, list[str]]:
     """Versions and hashes must be equal on all nodes (or ranks); names those that are not with the majority."""
     odd: dict[str, list[str]] = {}
@@ -168,7 +167,7 @@ def collect(folder: Path, reports: Iterable[Report]) -> tuple[list[str], list[st
     """Nodes that pass and that fail, also as `passing_nodes.txt` and `failing_nodes.txt` (one per line), and
     `summary.json`."""
     reports = list(reports)
-    nodes = {report.node: report.status for report in reports if report.node != "ranks"}
+    nodes = {report.node: report.status for report in reports if report.node not in TOGETHER}
     failing = {node for node, status in nodes.items() if status == "fail"}
     for report in reports:
         failing |= set(report.bad_nodes)

@@ -12,7 +12,7 @@ from ...pretrain.prepare import check_run, n_processes
 from ...pretrain.spawn import run_workers
 from ..errors import LaunchError
 from .node import Subject, examine_node
-from .report import Check, Report, Thresholds, collect, compare_facts, read_reports, table
+from .report import TOGETHER, Check, Report, Thresholds, collect, compare_facts, read_reports, table
 
 
 def examine(
@@ -56,9 +56,9 @@ def collect_findings(out: Path | None, as_json: bool) -> bool:
     if out is None:
         raise LaunchError("--collect: needs --out, the folder with the findings")
     reports = read_reports(out)
-    nodes = [report for report in reports if report.node != "ranks"]
+    nodes = [report for report in reports if report.node not in TOGETHER]
     same, odd = compare_facts({report.node: report.facts for report in nodes}) if nodes else (Check("", "skip"), [])
-    together = Report("all nodes", [same], {}, odd)
+    together = Report(TOGETHER[1], [same], {}, odd)
     passing, failing = collect(out, [*reports, together] if nodes else reports)
     if as_json:
         print((out / "summary.json").read_text(), end="")
