@@ -7,6 +7,7 @@ from itertools import combinations
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from polylepis.parallel.errors import PlanError
 from polylepis.parallel.pipeline.partition import equal_counts, part_sums, partition
 
