@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
 
 from .errors import PlanError
+from .megatron import sum_gradient
 from .mesh import Mesh
 
 ROWS_PER_BLOCK = 4096
@@ -191,8 +192,9 @@ def local(parameter: Tensor, partial: bool = False) -> Tensor:
         partial: the parameter is replicated over tp but each rank sees only its own tokens (sequence parallelism), so
             its gradient is a partial sum. Forgetting this is silently wrong.
     """
-    if not isinstance(parameter, DTensor):
-        return parameter
+    if not isinstance(parameter, DTensor):  # an engine that shards by itself (DeepSpeed) took it out of its DTensor
+        group = getattr(parameter, "sum_group", None)
+        return parameter if group is None or not partial else sum_gradient(parameter, group)
     if partial:
         return parameter.to_local(grad_placements=[Partial() if p.is_replicate() else p for p in parameter.placements])
     return parameter.to_local()
