@@ -170,14 +170,16 @@ def materialise(module: nn.Module, prefix: str, mesh: Mesh, seed: int, dtype: to
     """Replace the meta parameters of `module` (not yet under FSDP) by initial values on the mesh's device."""
     for name, parameter, part in list(named_parts(module)):
         assert isinstance(parameter, DTensor)
-        entries = [
-            initial_values(part, key, seed, mesh.tp_rank, mesh.tp_size) for key in part.entry_names(prefix + name)
-        ]
-        values = torch.stack(entries) if part.entries else entries[0]
-        local = values.to(device=mesh.device, dtype=dtype)
+        local = initial_shard(part, prefix + name, mesh, seed).to(dtype)
         owner, leaf = _owner(module, name)
         value = DTensor.from_local(local, mesh.tp, parameter.placements, run_check=False)
         setattr(owner, leaf, nn.Parameter(value))
+
+
+def initial_shard(part: Part, name: str, mesh: Mesh, seed: int) -> Tensor:
+    """This rank's tensor-parallel shard of a whole part, banks stacked, on the mesh's device."""
+    entries = [initial_values(part, key, seed, mesh.tp_rank, mesh.tp_size) for key in part.entry_names(name)]
+    return (torch.stack(entries) if part.entries else entries[0]).to(mesh.device)
 
 
 def _owner(module: nn.Module, name: str) -> tuple[nn.Module, str]:

@@ -23,7 +23,7 @@ from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 from ..errors import PlanError
 from ..mesh import Mesh, MeshConfig
 from ..model import HybridModel, ModelConfig
-from ..parts import Part, materialise, named_parts, split_bank
+from ..parts import Part, initial_shard, materialise, named_parts, split_bank
 from .base import Batch, Objective
 from .fsdp import decay_groups
 
@@ -50,7 +50,7 @@ class DeepSpeedConfig:
 
     __pydantic_config__ = {"extra": "forbid"}
 
-    def check(self, mesh: MeshConfig) -> None:
+    def check(self, mesh: MeshConfig, compute_dtype: torch.dtype = torch.float32) -> None:
         """Refuse what DeepSpeed cannot do, before it is imported.
 
         Raises:
@@ -66,6 +66,11 @@ class DeepSpeedConfig:
                 raise PlanError(
                     f"engine: deepspeed takes mesh.{axis} 1, not {size}: {reason}; use mesh.{axis}=1 or engine=fsdp2"
                 )
+        if self.stage == 1 and compute_dtype != torch.float32:
+            raise PlanError(
+                "deepspeed.stage: 1 with bfloat16 runs another of DeepSpeed's optimizers, which is not supported; "
+                "stage 2 shards the gradients as well"
+            )
         if self.offload_parameters and self.stage != 3:
             raise PlanError(f"deepspeed.offload_parameters: needs stage 3, not {self.stage}")
         if self.bucket < 1 or self.persistent < 0:
@@ -165,12 +170,13 @@ def build_local_model(
     The same initial values as `fsdp.build_model`: they depend on (seed, name) only.
     """
     deepspeed = _library()
+    dtype = torch.bfloat16 if "bf16" in settings else torch.float32
     model = HybridModel(config, mesh)
     modules = {f"layers.{index}.": block for index, block in model.layers.items()}
     modules |= {f"{name}.": model.get_submodule(name) for name in ("embed", "final_norm", "lm_head")}
     for prefix, module in modules.items():
         materialise(module, prefix, mesh, seed)
-        _unwrap(module, mesh)
+        _unwrap(module, mesh, dtype)
         for name, buffer in list(module.named_buffers()):
             path, _, leaf = name.rpartition(".")
             module.get_submodule(path)._buffers[leaf] = buffer.to(mesh.device)
@@ -180,16 +186,16 @@ def build_local_model(
                 config_dict_or_path=settings,
                 mpu=_Groups(mesh),
                 data_parallel_group=mesh.device_mesh.get_group("fsdp"),
-                dtype=torch.bfloat16 if "bf16" in settings else torch.float32,
+                dtype=dtype,
             )
     return model
 
 
-def _unwrap(module: nn.Module, mesh: Mesh) -> None:
-    """Replace each `DTensor` parameter by this rank's shard, marked as DeepSpeed expects."""
+def _unwrap(module: nn.Module, mesh: Mesh, dtype: torch.dtype) -> None:
+    """Replace each `DTensor` parameter by this rank's shard in the dtype of computation, marked for DeepSpeed."""
     for name, parameter, _ in list(named_parts(module)):
         assert isinstance(parameter, DTensor)
-        plain = nn.Parameter(parameter.to_local().detach())
+        plain = nn.Parameter(parameter.to_local().detach().to(dtype))
         sharded = not parameter.placements[0].is_replicate()
         if sharded:
             plain.tensor_model_parallel = plain.model_parallel = True  # type: ignore[attr-defined]
@@ -228,12 +234,19 @@ class DeepSpeedEngine:
             deepspeed.utils.set_z3_leaf_modules(model, [type(next(iter(model.layers.values())))])
             for name in ("embed", "final_norm", "lm_head"):
                 deepspeed.zero.register_external_parameter(model, model.get_submodule(name).weight)
+        buffers = {name: value.dtype for name, value in model.named_buffers()}
         engine, optimizer, _, _ = deepspeed.initialize(
             model=model, optimizer=base, config=settings, mpu=_Groups(mesh), dist_init_required=False
         )
+        for name, dtype in buffers.items():  # it rounds those to the dtype of computation too
+            path, _, leaf = name.rpartition(".")
+            owner = model.get_submodule(path)
+            owner._buffers[leaf] = owner._buffers[leaf].to(dtype)  # type: ignore[union-attr]
         self._engine, self.optimizer = engine, optimizer
         self.models: tuple[HybridModel, ...] = (model,)
         self._create_moments()
+        if compute_dtype != torch.float32:
+            self._set_initial_values(seed)
 
     def accumulate(self, batches: Sequence[Batch], total_weight: float) -> Tensor:
         (model,) = self.models
@@ -286,10 +299,11 @@ class DeepSpeedEngine:
         optimizer._release_preflattened_grad_buffers()
         optimizer.micro_step_id = -1
 
-    def _pieces(self) -> Iterator[tuple[nn.Parameter, Tensor]]:
+    def _pieces(self) -> Iterator[tuple[Any, Tensor]]:
         """What this rank keeps of every reduced gradient; the pieces of the data-parallel ranks do not overlap."""
         from deepspeed.utils import safe_get_local_grad
 
+        parameter: Any
         for _, parameter, _ in named_parts(self.models[0]):
             if self._zero.stage == 3:
                 yield parameter, safe_get_local_grad(parameter)
@@ -325,6 +339,14 @@ class DeepSpeedEngine:
             state["step"].zero_()
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
             group["lr"] = rate
+
+    @torch.no_grad()
+    def _set_initial_values(self, seed: int) -> None:
+        """DeepSpeed's fp32 copy starts from rounded weights; give it the same bits as every other engine."""
+        from deepspeed.utils import safe_set_full_fp32_param
+
+        for name, parameter, part in named_parts(self.models[0]):
+            safe_set_full_fp32_param(parameter, initial_shard(part, name, self.mesh, seed))
 
     def _states(self) -> list[dict[str, Tensor]]:
         return [state for state in self.optimizer.optimizer.state.values() if "step" in state]

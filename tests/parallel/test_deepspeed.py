@@ -64,6 +64,34 @@ def steps(engine: Engine, count: int, rank: int, size: int) -> list[tuple[float,
     return seen
 
 
+def bfloat16_start(stage: Any) -> Any:
+    """Weights before the first step, then losses and norms of two steps, with bfloat16 computation."""
+    mesh = build_mesh(MeshConfig(tp=2), "cpu")
+    config, half = toy("M*-E", ALL_ROUTED), torch.bfloat16
+    if stage:
+        zero = DeepSpeedConfig(stage=stage, persistent=100)
+        options = {"lr": OPTIM.lr, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1, "compute_dtype": half}
+        engine: Engine = DeepSpeedEngine(config, mesh, next_token, zero, seed=3, **options)
+        start = whole(engine.tensors(with_optimizer=False))
+    else:
+        model = build_model(config, mesh, seed=3, compute_dtype=half)
+        start = whole(model_tensors(model))
+        engine = FSDPEngine(model, build_optimizer(OPTIM, model), next_token)
+    return start, steps(engine, 2, mesh.dp_rank, mesh.dp_size)
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_bfloat16_starts_from_the_same_bits_and_stays_close(stage: Any) -> None:
+    start, seen = run_ranks(4, bfloat16_start, stage)[0]
+    wanted_start, wanted = run_ranks(4, bfloat16_start, 0)[0]
+    assert start.keys() == wanted_start.keys()
+    assert all(torch.equal(start[name], value) for name, value in wanted_start.items())
+    assert seen[0][1] == pytest.approx(wanted[0][1], rel=1e-6)  # rounded the same way: the same forward
+    for (norm, sums), (wanted_norm, wanted_sums) in zip(seen, wanted, strict=True):
+        assert norm == pytest.approx(wanted_norm, rel=1e-2)
+        assert sums == pytest.approx(wanted_sums, rel=5e-3)
+
+
 def run_deepspeed(config: ModelConfig, mesh: MeshConfig, zero: DeepSpeedConfig, count: int = 3) -> Any:
     engine = deepspeed_engine(config, mesh, zero)
     seen = steps(engine, count, engine.mesh.dp_rank, engine.mesh.dp_size)
@@ -193,7 +221,7 @@ def discarded(zero: DeepSpeedConfig, first: bool) -> Any:
 @pytest.mark.parametrize(
     "zero",
     [
-        DeepSpeedConfig(stage=1),
+        pytest.param(DeepSpeedConfig(stage=1), marks=pytest.mark.full),
         DeepSpeedConfig(stage=2),
         DeepSpeedConfig(stage=3, persistent=100),
         DeepSpeedConfig(stage=2, offload_optimizer=True),
@@ -219,3 +247,8 @@ def test_discarded_gradients_leave_no_trace(zero: DeepSpeedConfig) -> None:
 def test_refusals_name_the_numbers(config: DeepSpeedConfig, mesh: MeshConfig, message: str) -> None:
     with pytest.raises(PlanError, match=message):
         config.check(mesh)
+
+
+def test_stage_1_in_bfloat16_is_refused() -> None:
+    with pytest.raises(PlanError, match="stage 2 shards"):
+        DeepSpeedConfig(stage=1).check(MeshConfig(), torch.bfloat16)
