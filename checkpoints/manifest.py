@@ -81,7 +81,7 @@ def read_manifest(checkpoint: Path) -> dict[str, Any]:
 
 
 def damages(checkpoint: Path, content: bool = True) -> Iterator[str]:
-    """One line for each file that is absent, of another size, or (`content`, and DCP's index always) of other content."""
+    """One line for each file that is absent, of another size, or (`content`; the index always) of other content."""
     for name, expected in read_manifest(checkpoint).get("files", {}).items():
         path = checkpoint / name
         if not path.is_file():

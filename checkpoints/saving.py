@@ -25,8 +25,7 @@ from torch.futures import Future
 
 from .content import content_hash, content_sum
 from .errors import CheckpointError
-from .manifest import discard, hash_file, superfluous, sync_folder, write_manifest
-from .reader import INDEX
+from .manifest import INDEX, discard, hash_file, superfluous, sync_folder, write_manifest
 
 Group = dist.ProcessGroup | None
 
@@ -195,7 +194,7 @@ def _commit(
     files = {name: file for report in reports for name, file in report["files"].items()}
     if absent := sorted(name for name in files if not (aside / name).is_file()):
         raise CheckpointError(
-            f"{len(absent)} files ({absent[0]}, …) are not seen by rank 0; do all nodes share {final}?"
+            f"rank 0 does not see {absent[0]} (one of {len(absent)}): the folder must be shared by all nodes"
         )
     write_manifest(aside, {**values, "torch": torch.__version__, "files": files, "tensors": described})
     if final.exists():

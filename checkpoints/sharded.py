@@ -7,7 +7,7 @@ it loads on any other mesh, optimizer state included, and a reader needs no proc
 from __future__ import annotations
 
 import warnings
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,6 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from .content import content_hash, content_sum, hash_tensor
 from .errors import CheckpointError
 from .host import random_state, set_random_state
-from .manifest import damages, read_manifest
 from .reader import Reader
 from .saving import together, write_checkpoint
 from .tensors import MOMENTS, OPTIMIZER, RANDOM, Models, model_tensors, optimizer_tensors, state_tensors
@@ -35,6 +34,7 @@ __all__ = [
     "optimizer_tensors",
     "read_tensors",
     "save_checkpoint",
+    "stream_tensors",
 ]
 
 
@@ -66,8 +66,8 @@ def load_checkpoint(
 ) -> dict[str, Any]:
     """Fill models (and optimizer) in place, re-sharding to their mesh; returns the manifest. All ranks call it.
 
-    With an optimizer, training goes on: then the random states of each rank come back too, if the number of ranks is
-    the one that saved. On another number they are left alone: they belong to ranks, and nothing that is saved maps them.
+    With an optimizer, training goes on: then each rank's random states come back too, if the number of ranks is the one
+    that saved. On another number they are left as they are: nothing maps the states of one set of ranks to another.
 
     Args:
         check_content: compare what has been read with the content hashes of the manifest, tensor by tensor.
@@ -76,10 +76,16 @@ def load_checkpoint(
         CheckpointError: on every rank. Files are missing, cut or changed, or it holds another model; then the message
             lists the first ten tensors that are missing, too many or of another shape, and their number.
     """
-    manifest = read_manifest(checkpoint)
-    for damage in damages(checkpoint, content=False):
-        raise CheckpointError(f"{checkpoint}: {damage}; resume from another checkpoint")
-    saved: dict[str, Any] = manifest["tensors"]
+    problem, reader = None, None
+    try:
+        reader = Reader(checkpoint)
+    except CheckpointError as error:
+        problem = str(error)
+    for theirs in together(None, lambda: problem):  # a file may be missing on one node alone
+        if theirs is not None:
+            raise CheckpointError(theirs)
+    assert reader is not None
+    saved: dict[str, Any] = reader.manifest["tensors"]
     tensors = model_tensors(models)
     if optimizer is not None:
         tensors |= optimizer_tensors(models, optimizer)
@@ -89,12 +95,12 @@ def load_checkpoint(
     generators: dict[str, Tensor] = {}
     if optimizer is not None and world == dist.get_world_size():
         generators[mine] = torch.empty(saved[mine]["shape"], dtype=torch.uint8)
-    dcp.load(tensors | generators, storage_reader=Reader(checkpoint))
+    dcp.load(tensors | generators, storage_reader=reader)
     if check_content:
         _check_content(checkpoint, saved, tensors | generators)
     if generators:
         set_random_state(generators[mine])
-    return manifest
+    return reader.manifest
 
 
 def _check_same_model(
@@ -105,14 +111,12 @@ def _check_same_model(
     if not with_optimizer:
         there = {n: shape for n, shape in there.items() if not n.startswith(OPTIMIZER)}
     here = {n: tuple(t.shape) for n, t in tensors.items()}
-    problems = {n: f"{n} is {there.get(n, 'absent')} in it and {s} here" for n, s in here.items() if there.get(n) != s}
-    for theirs in together(None, lambda: problems):
-        problems |= theirs
+    mine = {n: f"{n} is {there.get(n, 'absent')} in it and {s} here" for n, s in here.items() if there.get(n) != s}
+    problems = {name: line for theirs in together(None, lambda: mine) for name, line in theirs.items()}
     names = sorted(there)
-    held = _summed(torch.tensor([name in here for name in names], dtype=torch.int64))
-    problems |= {
-        n: f"{n} is {there[n]} in it and absent here" for n, ranks in zip(names, held, strict=True) if not ranks
-    }
+    holders = _summed(torch.tensor([name in here for name in names], dtype=torch.int64))
+    nobody = [name for name, ranks in zip(names, holders, strict=True) if not ranks]
+    problems |= {name: f"{name} is {there[name]} in it and absent here" for name in nobody}
     if problems:
         lines = [problems[name] for name in sorted(problems)]
         rest = f"; and {len(lines) - 10:,} more" if len(lines) > 10 else ""
@@ -168,35 +172,41 @@ def _summed(values: Tensor) -> list[int]:
 
 def content_damages(checkpoint: Path) -> Iterator[str]:
     """Read every tensor and compare it with its content hash, one at a time; one line for each that differs."""
-    for name, entry in read_manifest(checkpoint)["tensors"].items():
-        if hash_tensor(read_tensors(checkpoint, names={name})[name]) != entry["hash"]:
+    reader = Reader(checkpoint)
+    for name, tensor in stream_tensors(reader, list(reader.manifest["tensors"])):
+        if hash_tensor(tensor) != reader.manifest["tensors"][name]["hash"]:
             yield f"{name}: is not what the ranks held when they saved"
 
 
-def read_tensors(checkpoint: Path, prefix: str = "", names: Collection[str] | None = None) -> dict[str, Tensor]:
+def stream_tensors(reader: Reader, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
+    """Whole logical tensors on the CPU, one at a time; the index is read once, no process group is needed."""
+    for name in names:
+        yield name, _read(reader, [name])[name]
+
+
+def read_tensors(checkpoint: Path, prefix: str = "") -> dict[str, Tensor]:
     """Whole logical tensors on the CPU, no process group needed.
 
     Args:
         prefix: read only names that start with it; what is not the model's is read only when asked for.
-        names: read exactly these.
 
     Raises:
         CheckpointError: an unfinished or foreign checkpoint.
     """
-    read_manifest(checkpoint)
-    stored = Reader(checkpoint).read_metadata().state_dict_metadata
+    reader = Reader(checkpoint)
+    hidden = () if prefix else (OPTIMIZER, RANDOM)
+    stored = reader.read_metadata().state_dict_metadata
+    return _read(reader, [name for name in stored if name.startswith(prefix) and not name.startswith(hidden)])
 
-    def wanted(name: str) -> bool:
-        if names is not None:
-            return name in names
-        return name.startswith(prefix) and (bool(prefix) or not name.startswith((OPTIMIZER, RANDOM)))
 
-    tensors: dict[str, Any] = {
-        name: torch.empty(entry.size, dtype=entry.properties.dtype)
-        for name, entry in stored.items()
-        if isinstance(entry, TensorStorageMetadata) and wanted(name)
-    }
+def _read(reader: Reader, names: Iterable[str]) -> dict[str, Tensor]:
+    stored = reader.read_metadata().state_dict_metadata
+    tensors: dict[str, Any] = {}
+    for name in names:
+        entry = stored[name]
+        if isinstance(entry, TensorStorageMetadata):
+            tensors[name] = torch.empty(entry.size, dtype=entry.properties.dtype)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)
-        dcp.load(tensors, storage_reader=Reader(checkpoint), no_dist=True)
+        dcp.load(tensors, storage_reader=reader, no_dist=True)
     return tensors
