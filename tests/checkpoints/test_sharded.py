@@ -132,9 +132,7 @@ def test_refuses_another_model(saved: tuple[Path, dict[str, torch.Tensor]]) -> N
 
 def test_refuses_a_newer_format(tmp_path: Path) -> None:
     (tmp_path / "manifest.json").write_text('{"format": 99, "polylepis": "7.0"}')
-    with pytest.raises(
-        CheckpointError, match=r"format 99, which polylepis 7\.0 wrote and reads; this"
-    ):
+    with pytest.raises(CheckpointError, match=r"format 99, which polylepis 7\.0 wrote and reads; this"):
         read_manifest(tmp_path)
     (tmp_path / "manifest.json").write_text('{"format": 1}')
     with pytest.raises(CheckpointError, match=r"format 1, which a development version before 0\.1\.0 wrote and reads"):
