@@ -20,6 +20,7 @@ from ..checkpoints.keeper import Keeper
 from ..checkpoints.manifest import hash_config
 from ..data.stream import Step, Stream
 from ..parallel.engines.base import Engine, Objective
+from ..parallel.engines.deepspeed import DeepSpeedEngine
 from ..parallel.engines.fsdp import FSDPEngine, build_model
 from ..parallel.engines.pipeline import PipelineEngine, build_stages
 from ..parallel.kinds.moe import MoE, MoEConfig
@@ -31,8 +32,6 @@ from .meter.tracker import Tracker, plot_losses
 from .objectives.next_token import next_token
 from .optim import build_optimizer
 from .prepare import check_run, open_data, prepare_folder, stages_of
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def train(config: RunConfig) -> None:
@@ -89,7 +88,22 @@ def build_engine(
     config: RunConfig, mesh: Mesh, objective: Objective = next_token, dtype: torch.dtype = torch.float32
 ) -> Engine:
     """Model (or this rank's pipeline stages), optimizer and objective of the run; parameters are of `dtype`."""
-    compute = DTYPES[config.train.precision] if dtype == torch.float32 else dtype
+    compute = config.train.compute_dtype if dtype == torch.float32 else dtype
+    if config.engine == "deepspeed":
+        adam = config.optim
+        return DeepSpeedEngine(
+            config.model,
+            mesh,
+            objective,
+            config.deepspeed,
+            lr=adam.lr,
+            betas=(adam.beta1, adam.beta2),
+            eps=adam.eps,
+            weight_decay=adam.weight_decay,
+            seed=config.seed,
+            compute_dtype=compute,
+            recompute=config.recompute,
+        )
     options: dict[str, Any] = {"seed": config.seed, "dtype": dtype, "compute_dtype": compute}
     options["recompute"] = config.recompute
     if mesh.pp_size == 1:

@@ -9,25 +9,24 @@ same logical tensors, as under FSDP2.
 
 from __future__ import annotations
 
-import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
+from torch.distributed.tensor import DTensor
 
 from ..errors import PlanError
 from ..mesh import Mesh, MeshConfig
 from ..model import HybridModel, ModelConfig
-from ..parts import Part, initial_shard, materialise, named_parts, split_bank
+from ..parts import materialise, named_parts
+from ..recompute import RecomputeConfig
 from .base import Batch, Objective
 from .fsdp import decay_groups
-
-MOMENTS = ("exp_avg", "exp_avg_sq")
+from .zero import ZeroState
 
 
 @dataclass(frozen=True)
@@ -129,18 +128,6 @@ class _Groups:
         return self.mesh.device_mesh["fsdp"].size()
 
 
-@dataclass(frozen=True)
-class _Through:
-    """The model as an objective sees it, its forward passing through DeepSpeed's hooks."""
-
-    engine: Any
-    mesh: Mesh
-    config: ModelConfig
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
-        return self.engine(*args, **kwargs)
-
-
 def _library() -> Any:
     """DeepSpeed, without the shared-memory op that it would otherwise compile for a minute on CPU.
 
@@ -163,7 +150,12 @@ def _library() -> Any:
 
 
 def build_local_model(
-    config: ModelConfig, mesh: Mesh, settings: dict[str, Any], *, seed: int = 0, stage: int = 2
+    config: ModelConfig,
+    mesh: Mesh,
+    settings: dict[str, Any],
+    *,
+    seed: int = 0,
+    recompute: RecomputeConfig | None = None,
 ) -> HybridModel:
     """The model with this rank's tensor-parallel shards as plain parameters; under ZeRO 3 never whole.
 
@@ -171,7 +163,7 @@ def build_local_model(
     """
     deepspeed = _library()
     dtype = torch.bfloat16 if "bf16" in settings else torch.float32
-    model = HybridModel(config, mesh)
+    model = HybridModel(config, mesh, recompute=recompute)
     modules = {f"layers.{index}.": block for index, block in model.layers.items()}
     modules |= {f"{name}.": model.get_submodule(name) for name in ("embed", "final_norm", "lm_head")}
     for prefix, module in modules.items():
@@ -180,7 +172,7 @@ def build_local_model(
         for name, buffer in list(module.named_buffers()):
             path, _, leaf = name.rpartition(".")
             module.get_submodule(path)._buffers[leaf] = buffer.to(mesh.device)
-        if stage == 3:
+        if settings["zero_optimization"]["stage"] == 3:
             deepspeed.zero.Init(
                 module=module,
                 config_dict_or_path=settings,
@@ -221,10 +213,11 @@ class DeepSpeedEngine:
         weight_decay: float,
         seed: int = 0,
         compute_dtype: torch.dtype = torch.float32,
+        recompute: RecomputeConfig | None = None,
     ) -> None:
-        self.mesh, self._objective, self._zero = mesh, objective, zero
+        self.mesh, self._objective = mesh, objective
         settings = zero.settings(compute_dtype)
-        model = build_local_model(config, mesh, settings, seed=seed, stage=zero.stage)
+        model = build_local_model(config, mesh, settings, seed=seed, recompute=recompute)
         decayed, plain = decay_groups(model)
         groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
         base = torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps)
@@ -242,20 +235,22 @@ class DeepSpeedEngine:
             path, _, leaf = name.rpartition(".")
             owner = model.get_submodule(path)
             owner._buffers[leaf] = owner._buffers[leaf].to(dtype)  # type: ignore[union-attr]
-        self._engine, self.optimizer = engine, optimizer
+        self._engine = engine
         self.models: tuple[HybridModel, ...] = (model,)
-        self._create_moments()
+        self.optimizer = ZeroState(model, optimizer, zero.stage)
+        self.optimizer.create_moments()
         if compute_dtype != torch.float32:
-            self._set_initial_values(seed)
+            self.optimizer.set_initial_values(seed)
 
     def accumulate(self, batches: Sequence[Batch], total_weight: float) -> Tensor:
         (model,) = self.models
-        through = _Through(self._engine, self.mesh, model.config)
-        sums = torch.zeros(len(model.config.modalities), device=self.mesh.device)
+        n_modalities = len(model.config.modalities)
+        sums = torch.zeros(n_modalities, device=self.mesh.device)
         ranks = self.mesh.device_mesh["fsdp"].size()
         for number, batch in enumerate(batches):
             self._engine.set_gradient_accumulation_boundary(number == len(batches) - 1)
-            output = self._objective(through, batch, total_weight)  # type: ignore[arg-type]
+            ready = self._objective.prepare(batch, self.mesh, n_modalities, total_weight)
+            output = ready.finish(self._engine(ready.tokens, ready.layout, ready.labels))
             self._engine.backward(output.loss * ranks, scale_wrt_gas=False)  # DeepSpeed averages over these ranks
             sums += output.sums
         return sums
@@ -263,21 +258,14 @@ class DeepSpeedEngine:
     @torch.no_grad()
     def gradient_norm(self) -> float:
         total = torch.zeros((), device=self.mesh.device)
-        for parameter, piece in self._pieces():
+        for parameter, piece in self.optimizer.pieces():
             copies = 1 if getattr(parameter, "tensor_model_parallel", False) else self.mesh.tp_size
             total += piece.float().square().sum().to(total.device) / copies
         dist.all_reduce(total)
-        return math.sqrt(float(total)) if torch.isfinite(total) else float(total)
+        return float(total.sqrt())
 
-    @torch.no_grad()
     def scale(self, factor: float) -> None:
-        from deepspeed.utils import safe_set_local_grad
-
-        for parameter, piece in self._pieces():
-            if self._zero.stage == 3:
-                safe_set_local_grad(parameter, piece * factor)
-            else:
-                piece.mul_(factor)
+        self.optimizer.scale(factor)
 
     def update(self, lr: float) -> None:
         for group in self.optimizer.param_groups:
@@ -285,142 +273,4 @@ class DeepSpeedEngine:
         self._engine.step()
 
     def discard(self) -> None:
-        optimizer = self.optimizer
-        optimizer.zero_grad(set_to_none=True)
-        if self._zero.stage == 3:
-            optimizer._overflow_clean_up(1.0)
-            optimizer._pre_step()
-            return
-        if optimizer.cpu_offload:
-            optimizer.reset_cpu_buffers()
-        for group in optimizer.averaged_gradients:
-            optimizer.averaged_gradients[group] = None
-            optimizer.all_grad_tensors[group] = None
-        optimizer._release_preflattened_grad_buffers()
-        optimizer.micro_step_id = -1
-
-    def _pieces(self) -> Iterator[tuple[Any, Tensor]]:
-        """What this rank keeps of every reduced gradient; the pieces of the data-parallel ranks do not overlap."""
-        from deepspeed.utils import safe_get_local_grad
-
-        parameter: Any
-        for _, parameter, _ in named_parts(self.models[0]):
-            if self._zero.stage == 3:
-                yield parameter, safe_get_local_grad(parameter)
-                continue
-            mapping = parameter._hp_mapping
-            if mapping is not None:
-                piece, where = (
-                    mapping.get_lp_grad_fragment(parameter._index_in_param_group),
-                    mapping.lp_fragment_address,
-                )
-                if piece.numel() != where.numel:
-                    piece = piece.view(-1).narrow(0, where.start, where.numel)
-                yield parameter, piece
-
-    @torch.no_grad()
-    def _create_moments(self) -> None:
-        """DeepSpeed creates them in the first step: a step with zero gradients and lr 0, taken back in its count."""
-        optimizer = self.optimizer
-        rates = [group["lr"] for group in optimizer.param_groups]
-        for group in optimizer.param_groups:
-            group["lr"] = 0.0
-        third = self._zero.stage == 3
-        flat = optimizer.fp32_partitioned_groups_flat if third else optimizer.single_partition_of_fp32_groups
-        for index, partition in enumerate(flat):
-            kept, partition.grad = partition.grad, torch.zeros_like(partition)
-            optimizer._optimizer_step(index)
-            partition.grad = kept
-        if not third:
-            # It links all groups' states after the first group's step, when the others have none (0.19.8).
-            optimizer._hp_optimizer_states_linked = False
-            optimizer._lazy_init_hp_params_optimizer_state()
-        for state in self._states():
-            state["step"].zero_()
-        for group, rate in zip(optimizer.param_groups, rates, strict=True):
-            group["lr"] = rate
-
-    @torch.no_grad()
-    def _set_initial_values(self, seed: int) -> None:
-        """DeepSpeed's fp32 copy starts from rounded weights; give it the same bits as every other engine."""
-        from deepspeed.utils import safe_set_full_fp32_param
-
-        for name, parameter, part in named_parts(self.models[0]):
-            safe_set_full_fp32_param(parameter, initial_shard(part, name, self.mesh, seed))
-
-    def _states(self) -> list[dict[str, Tensor]]:
-        return [state for state in self.optimizer.optimizer.state.values() if "step" in state]
-
-    @torch.no_grad()
-    def tensors(self, with_optimizer: bool = True) -> dict[str, Tensor]:
-        """Logical tensors for a checkpoint, copies sharded over the mesh; see `Engine.tensors`."""
-        from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
-
-        (model,) = self.models
-        result: dict[str, Tensor] = {}
-        names = set()
-        for name, parameter, part in named_parts(model):
-            names.add(name)
-            result.update(self._sharded(safe_get_full_fp32_param(parameter), part, name))
-            if with_optimizer:
-                result[f"optimizer.step.{name}"] = self._states()[0]["step"].clone()
-                for moment in MOMENTS:
-                    value = safe_get_full_optimizer_state(parameter, moment)
-                    result.update(self._sharded(value, part, f"optimizer.{moment}.{name}"))
-        result.update({name: value for name, value in model.state_dict().items() if name not in names})
-        return result
-
-    def _sharded(self, value: Tensor, part: Part, name: str) -> dict[str, Tensor]:
-        """This rank's tensor-parallel shard, of which it keeps only what no other data-parallel rank keeps."""
-        mesh, banked = self.mesh.device_mesh["fsdp", "tp"], len(value.shape) > len(part.shape)
-        tp_dim = None if part.tp_dim is None else part.tp_dim + banked
-        ranks, shape = mesh.size(0), list(value.shape)
-        placements: list[Placement] = [Replicate(), Replicate() if tp_dim is None else Shard(tp_dim)]
-        if tp_dim is not None:
-            shape[tp_dim] *= mesh.size(1)
-        free = [d for d in range(banked, value.dim()) if d != tp_dim and value.shape[d] % ranks == 0]
-        if free:
-            dim = max(free, key=lambda d: value.shape[d])
-            value = value.chunk(ranks, dim)[mesh.get_local_rank("fsdp")].contiguous().clone()
-            placements[0] = Shard(dim)
-        stride = torch.empty(shape, device="meta").stride()
-        whole = DTensor.from_local(value, mesh, placements, run_check=False, shape=torch.Size(shape), stride=stride)
-        return split_bank(whole, part, name)
-
-    @torch.no_grad()
-    def take(self, tensors: dict[str, Tensor]) -> None:
-        """Write back what a checkpoint has filled into the result of `tensors`; see `Engine.take`."""
-        from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
-
-        (model,) = self.models
-        for name, parameter, part in named_parts(model):
-            value = self._whole(tensors, part, name)
-            safe_set_full_fp32_param(parameter, value)
-            self._set_working_copy(parameter, value)
-            for moment in MOMENTS:
-                key = f"optimizer.{moment}.{name}"
-                if f"optimizer.step.{name}" in tensors:
-                    safe_set_full_optimizer_state(parameter, self._whole(tensors, part, key), moment)
-                    for state in self._states():
-                        state["step"].copy_(tensors[f"optimizer.step.{name}"])
-
-    def _whole(self, tensors: dict[str, Tensor], part: Part, name: str) -> Tensor:
-        """This rank's tensor-parallel shard of a (banked) parameter, gathered over the data-parallel ranks."""
-        keys = part.entry_names(name) if part.entries else [name]
-        locals_ = []
-        for key in keys:
-            value = tensors[key]
-            assert isinstance(value, DTensor)
-            locals_.append(value.redistribute(placements=[Replicate(), value.placements[1]]).to_local())
-        return torch.stack(locals_) if part.entries else locals_[0]
-
-    def _set_working_copy(self, parameter: Any, value: Tensor) -> None:
-        if self._zero.stage != 3:
-            parameter.data.copy_(value)
-            return
-        from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
-        from deepspeed.utils import safe_get_local_fp32_param
-
-        parameter.ds_tensor.data.copy_(safe_get_local_fp32_param(parameter))
-        if parameter.ds_status == ZeroParamStatus.AVAILABLE:  # one of the small ones that stay gathered
-            parameter.data.copy_(value)
+        self.optimizer.discard()

@@ -72,7 +72,7 @@ def bfloat16_start(stage: Any) -> Any:
         zero = DeepSpeedConfig(stage=stage, persistent=100)
         options = {"lr": OPTIM.lr, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1, "compute_dtype": half}
         engine: Engine = DeepSpeedEngine(config, mesh, next_token, zero, seed=3, **options)
-        start = whole(engine.tensors(with_optimizer=False))
+        start = whole(engine.optimizer.tensors())
     else:
         model = build_model(config, mesh, seed=3, compute_dtype=half)
         start = whole(model_tensors(model))
@@ -84,7 +84,7 @@ def bfloat16_start(stage: Any) -> Any:
 def test_bfloat16_starts_from_the_same_bits_and_stays_close(stage: Any) -> None:
     start, seen = run_ranks(4, bfloat16_start, stage)[0]
     wanted_start, wanted = run_ranks(4, bfloat16_start, 0)[0]
-    assert start.keys() == wanted_start.keys()
+    assert start.keys() >= wanted_start.keys()
     assert all(torch.equal(start[name], value) for name, value in wanted_start.items())
     assert seen[0][1] == pytest.approx(wanted[0][1], rel=1e-6)  # rounded the same way: the same forward
     for (norm, sums), (wanted_norm, wanted_sums) in zip(seen, wanted, strict=True):
@@ -95,7 +95,7 @@ def test_bfloat16_starts_from_the_same_bits_and_stays_close(stage: Any) -> None:
 def run_deepspeed(config: ModelConfig, mesh: MeshConfig, zero: DeepSpeedConfig, count: int = 3) -> Any:
     engine = deepspeed_engine(config, mesh, zero)
     seen = steps(engine, count, engine.mesh.dp_rank, engine.mesh.dp_size)
-    return seen, whole(engine.tensors())
+    return seen, whole(engine.optimizer.tensors())
 
 
 def run_without_the_sum(config: ModelConfig, mesh: MeshConfig, zero: DeepSpeedConfig) -> Any:
@@ -181,20 +181,20 @@ def resumed(zero: DeepSpeedConfig, other: DeepSpeedConfig) -> Any:
     rank, size = first.mesh.dp_rank, first.mesh.dp_size
     steps(first, 2, rank, size)
     second = deepspeed_engine(replace(config, init_std=0.1), mesh, other)
-    tensors = second.tensors()
-    saved = first.tensors()
+    tensors = second.optimizer.tensors()
+    saved = first.optimizer.tensors()
     for name, value in tensors.items():
         value.copy_(saved[name])
-    second.take(tensors)
-    loaded = whole(second.tensors())
+    second.optimizer.take(tensors)
+    loaded = whole(second.optimizer.tensors())
     before = whole(saved)
     return (
         before,
         loaded,
         steps(first, 1, rank, size),
         steps(second, 1, rank, size),
-        whole(first.tensors()),
-        whole(second.tensors()),
+        whole(first.optimizer.tensors()),
+        whole(second.optimizer.tensors()),
     )
 
 
@@ -215,7 +215,7 @@ def discarded(zero: DeepSpeedConfig, first: bool) -> Any:
     if first:
         engine.accumulate(batches((2,)), 7.0)
         engine.discard()
-    return steps(engine, 2, engine.mesh.dp_rank, engine.mesh.dp_size), whole(engine.tensors())
+    return steps(engine, 2, engine.mesh.dp_rank, engine.mesh.dp_size), whole(engine.optimizer.tensors())
 
 
 @pytest.mark.parametrize(
