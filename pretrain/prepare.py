@@ -35,6 +35,7 @@ def check_run(config: RunConfig, world_size: int) -> None:
     if config.train.steps < 1:
         raise ConfigError(f"train.steps: must be at least 1, not {config.train.steps}")
     config.model.check_context(mesh, config.context)
+    config.model.check_experts(mesh)
     cut_tokens(config.data.micro_batch * config.data.seq_len, mesh.cp, mesh.tp, config.context.order)
 
 

@@ -26,7 +26,7 @@ from ..parallel.kinds.moe import MoE
 from ..parallel.layout import Layout
 from ..parallel.mesh import Mesh, MeshConfig, build_mesh
 from ..parallel.model import HybridModel
-from ..parallel.parts import named_parts, split_bank
+from ..parallel.parts import named_parts, whole_entries
 from .config import RunConfig, load_config, to_yaml
 from .errors import ConfigError
 from .objectives.next_token import next_token
@@ -123,9 +123,7 @@ def whole_tensors(model: nn.Module, gradient: bool) -> dict[str, Tensor]:
         value = parameter.grad if gradient else parameter.detach()
         if not isinstance(value, DTensor):
             raise ConfigError(f"verify: {name} has no gradient on rank {dist.get_rank()}: it took no part in the step")
-        for key, entry in split_bank(value, part, name).items():
-            assert isinstance(entry, DTensor)
-            tensors[key] = entry.full_tensor().cpu().clone()
+        tensors.update({key: entry.cpu().clone() for key, entry in whole_entries(value, part, name).items()})
     return tensors
 
 

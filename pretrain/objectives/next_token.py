@@ -46,7 +46,7 @@ def next_token(model: HybridModel, batch: Mapping[str, Tensor], total_weight: fl
         total_weight: W, Σ of loss weights over the *global* batch; every reduction afterwards is a sum.
     """
     device, n_modalities = model.mesh.device, len(model.config.modalities)
-    layout = Layout.from_batch(batch, n_modalities, model.mesh)
+    layout = Layout.from_batch(batch, n_modalities, model.mesh, total_weight)
     fields = (batch["tokens"], batch["labels"], batch["loss_weight"], label_modalities(batch), has_label(batch))
     tokens, labels, weights, modality, labelled = (
         layout.mine(field.reshape(-1)).to(device, non_blocking=True) for field in fields

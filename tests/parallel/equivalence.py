@@ -14,7 +14,7 @@ from polylepis.parallel.engines.fsdp import build_model, gradient_norm
 from polylepis.parallel.layout import Layout
 from polylepis.parallel.mesh import ContextConfig, MeshConfig, build_mesh, init_process_group
 from polylepis.parallel.model import ModelConfig
-from polylepis.parallel.parts import named_parts, split_bank
+from polylepis.parallel.parts import named_parts, whole_entries
 from reference import reference_loss
 from toys import toy_batch
 
@@ -41,7 +41,7 @@ def gradients(
     total = sum(float(b["loss_weight"].double().sum()) for b in batches(absent))
     loss = torch.zeros((), dtype=torch.float64)
     for batch in mine:
-        layout = Layout.from_batch(batch, 3, mesh)
+        layout = Layout.from_batch(batch, 3, mesh, total)
         tokens, labels, weights = (layout.mine(batch[n].reshape(-1)) for n in ("tokens", "labels", "loss_weight"))
         part = (model(tokens, layout, labels) * weights.to(dtype)).sum() / total
         part.backward()
@@ -50,9 +50,7 @@ def gradients(
     grads: dict[str, Tensor] = {}
     for name, parameter, spec in named_parts(model):
         assert isinstance(parameter.grad, DTensor), name
-        for key, entry in split_bank(parameter.grad, spec, name).items():
-            assert isinstance(entry, DTensor)
-            grads[key] = entry.full_tensor()
+        grads.update(whole_entries(parameter.grad, spec, name))
     return float(loss) / mesh.tp_size, gradient_norm(model.parameters()), grads
 
 
@@ -62,7 +60,7 @@ def oracle(config: ModelConfig, absent: tuple[int, ...]) -> tuple[float, float, 
     tensors = {
         name: (t.full_tensor() if isinstance(t, DTensor) else t).clone() for name, t in model_tensors(model).items()
     }
-    leaves = {n: t.requires_grad_() for n, t in tensors.items() if not n.endswith("selection_bias")}
+    leaves = {n: t.requires_grad_() for n, t in tensors.items() if not n.endswith(("selection_bias", "expert_load"))}
     total = sum(float(b["loss_weight"].double().sum()) for b in batches(absent))
     loss = torch.stack([reference_loss(config, tensors, b, total) for b in batches(absent)]).sum()
     grads = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
