@@ -83,8 +83,8 @@ def save_checkpoint(
     tensors = model_tensors(model) | optimizer_tensors(model, optimizer)
     dcp.save(tensors, checkpoint_id=aside)
     files = _hash_own_files(aside)
+    described = describe(tensors)
     if dist.get_rank() == 0:
-        described = {n: {"shape": list(t.shape), "dtype": str(t.dtype)} for n, t in tensors.items()}
         write_manifest(aside, {**extra, "torch": torch.__version__, "files": files, "tensors": described})
         if final.exists():
             shutil.rmtree(final)
@@ -94,6 +94,13 @@ def save_checkpoint(
             shutil.rmtree(old)
     dist.barrier()
     return final
+
+
+def describe(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Any]]:
+    """Shape and dtype by name, of all ranks' tensors: each may hold other experts. The same answer on every rank."""
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, {n: {"shape": list(t.shape), "dtype": str(t.dtype)} for n, t in tensors.items()})
+    return {name: value for own in everyone for name, value in own.items()}
 
 
 def _hash_own_files(aside: Path) -> dict[str, Any]:
@@ -118,16 +125,16 @@ def load_checkpoint(
     for damage in damages(checkpoint, content=False):
         raise CheckpointError(f"{checkpoint}: {damage}; resume from another checkpoint")
     tensors = model_tensors(model)
-    _check_same_model(checkpoint, manifest["tensors"], tensors)
+    _check_same_model(checkpoint, manifest["tensors"], describe(tensors))
     if optimizer is not None:
         tensors |= optimizer_tensors(model, optimizer)
     dcp.load(tensors, checkpoint_id=checkpoint)
     return manifest
 
 
-def _check_same_model(checkpoint: Path, saved: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+def _check_same_model(checkpoint: Path, saved: Mapping[str, Any], own: Mapping[str, Any]) -> None:
     saved_shapes = {n: tuple(t["shape"]) for n, t in saved.items() if not n.startswith("optimizer.")}
-    shapes = {n: tuple(t.shape) for n, t in tensors.items()}
+    shapes = {n: tuple(t["shape"]) for n, t in own.items()}
     if saved_shapes == shapes:
         return
     name = sorted(n for n in saved_shapes.keys() | shapes.keys() if saved_shapes.get(n) != shapes.get(n))[0]

@@ -33,7 +33,7 @@ class Layout:
         rows: int64 [T], the row of the micro-batch that each token lies in.
         n_rows: how many there are.
         context: under context parallelism, where these tokens lie in the whole micro-batch; `seq_idx`, `position_ids`,
-            `modality` and `rows` then describe this rank's tokens, and `boundaries` is empty (see `Context.boundaries`).
+            `modality` and `rows` then describe this rank's tokens, and `boundaries` is empty (`Context` has them).
         halo: the route of each segment's tokens with the `HALO` tokens before them, segment by segment.
         total_weight: W, Σ of loss weights over the global batch, by which terms that layers add to the loss are divided
             as the loss is; None where there is no loss.
@@ -54,7 +54,7 @@ class Layout:
         return values if self.context is None else values[self.context.index]
 
     def whole(self, *values: Tensor) -> tuple[Tensor, ...]:
-        """The opposite: values [T, ...] of this rank's tokens, on the device → of the whole micro-batch; no gradient."""
+        """The opposite: values [T, ...] of this rank's tokens → of the whole micro-batch, without gradient."""
         if self.context is None:
             return values
         order, group = self.context.gathered_order.to(values[0].device), self.context.mesh.cp_group

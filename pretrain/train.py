@@ -20,11 +20,11 @@ from ..checkpoints.sharded import load_checkpoint, save_checkpoint
 from ..data.stream import Step, Stream
 from ..parallel.engines.base import Engine
 from ..parallel.engines.fsdp import FSDPEngine, build_model
-from ..parallel.kinds.moe import MoE
 from ..parallel.megatron import preload
 from ..parallel.mesh import Mesh, build_mesh
 from .config import RunConfig, load_config
 from .errors import DivergenceError
+from .experts import check_routers, finish_experts
 from .meter.tracker import Tracker, plot_losses
 from .objectives.next_token import next_token
 from .optim import build_optimizer
@@ -65,17 +65,19 @@ def train(config: RunConfig) -> None:
 
                 sums = engine.accumulate(data.micro_batches, data.total_weight)
                 norm = engine.gradient_norm()
+                check_routers(engine, norm)
                 if config.optim.clip and norm > config.optim.clip:
                     engine.scale(config.optim.clip / norm)
                 lr = config.optim.lr * config.optim.factor(step, config.train.steps)
                 engine.update(lr)
-                balance_experts(engine)
+                experts = finish_experts(engine)
 
                 dist.all_reduce(sums)
                 losses = sums / mesh.tp_size  # every tp rank counted the same tokens
                 if tracker is not None:
                     seconds = time.perf_counter() - started
-                    tracker.log(step_metrics(config, step + 1, data, losses.tolist(), norm, lr, seconds, waited))
+                    metrics = step_metrics(config, step + 1, data, losses.tolist(), norm, lr, seconds, waited)
+                    tracker.log(metrics | experts)
                 if is_checkpoint_step(config, step + 1):
                     extra = {"step": step + 1, "data": stream.state_dict()}
                     (model,), keep = engine.models, (config.train.keep, config.train.keep_every)
@@ -120,17 +122,6 @@ def check_agreement(step: int, digest: str) -> None:
             f"step {usual[0]}: ranks hold different batches; {', '.join(others[:8])} differ from the "
             f"other {count} ranks"
         )
-
-
-def balance_experts(engine: Engine) -> None:
-    """Loss-free balancing: one all-reduce of all layers' loads, then each layer moves its selection biases."""
-    layers = [module for model in engine.models for module in model.modules() if isinstance(module, MoE)]
-    if not layers:
-        return
-    loads = torch.stack([layer.load for layer in layers])
-    dist.all_reduce(loads)
-    for layer, load in zip(layers, loads / engine.mesh.tp_size, strict=True):
-        layer.balance(load)
 
 
 def is_checkpoint_step(config: RunConfig, step: int) -> bool:

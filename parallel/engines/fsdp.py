@@ -71,7 +71,9 @@ def _shard(module: nn.Module, mesh: Mesh, policy: MixedPrecisionPolicy) -> None:
     Experts that lie on ranks of their own form a group of their own, and so do routers where the rest is rounded.
     """
     placement = fsdp_placement(module)
-    banks = [inner for inner in module.modules() if isinstance(inner, Bank) and not isinstance(inner, FSDPModule)]
+    banks: list[nn.Module] = [
+        inner for inner in module.modules() if isinstance(inner, Bank) and not isinstance(inner, FSDPModule)
+    ]
     if banks and mesh.experts is not None:
         fully_shard(banks, mesh=mesh.expert_fsdp, mp_policy=policy, shard_placement_fn=placement.get)
     for inner in list(module.modules()):
@@ -88,8 +90,8 @@ def _check_banks(model: HybridModel, mesh: Mesh) -> None:
             if parameter.shape[dim] % ranks:
                 axes = "dp_shard × cp" + (" / ep" if part.expert and mesh.ep_size > 1 else "")
                 raise PlanError(
-                    f"{name}: dimension {dim} of the bank {tuple(parameter.shape)} is not divisible by {axes} = {ranks}; "
-                    f"raise {'ep or ' if part.expert else ''}dp_replicate instead"
+                    f"{name}: dimension {dim} of the bank {tuple(parameter.shape)} is not divisible by {axes} = "
+                    f"{ranks}; raise {'ep or ' if part.expert else ''}dp_replicate instead"
                 )
 
 

@@ -201,7 +201,8 @@ class MoE(Mixer):
         if self.replay is not None:
             taken = self.replay >= 0
             own = torch.where(taken, own + self.replay_margin, own - self.replay_margin)
-        everyone = within_capacity(*layout.whole(chosen, own, layout.rows, real), limits)
+        whole = layout.whole(chosen, own, layout.rows, real)
+        everyone = within_capacity(whole[0], whole[1], whole[2], whole[3], limits)
         mine = layout.mine(everyone)
         if self.replay is None:
             return mine

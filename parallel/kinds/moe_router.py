@@ -81,8 +81,8 @@ def check_router(config: RouterConfig, modalities: tuple[str, ...]) -> None:
     size = config.n_experts // config.n_groups
     if size < 2:
         raise PlanError(
-            f"model.moe: n_groups {config.n_groups} leaves {size} expert in a group; a group is judged by its two best, "
-            f"so n_groups may be {config.n_experts // 2} at most"
+            f"model.moe: n_groups {config.n_groups} leaves {size} expert in a group; a group is judged by its two "
+            f"best, so n_groups may be {config.n_experts // 2} at most"
         )
     uneven = [f"{name} {count}" for name, count in config.partition.items() if count % size]
     if uneven:
@@ -90,8 +90,8 @@ def check_router(config: RouterConfig, modalities: tuple[str, ...]) -> None:
     open_groups = min(open_experts(config, modalities).sum(dim=1).tolist()) // size
     if not 1 <= config.top_groups <= open_groups or config.top_groups * size < config.top_k:
         raise PlanError(
-            f"model.moe: top_groups {config.top_groups} of {size} experts each must hold top_k {config.top_k} experts and "
-            f"be no more than the {open_groups} groups that a token may choose from"
+            f"model.moe: top_groups {config.top_groups} of {size} experts each must hold top_k {config.top_k} experts "
+            f"and be no more than the {open_groups} groups that a token may choose from"
         )
 
 
@@ -219,7 +219,7 @@ class _Join(Function):
 def join(value: Tensor, term: Tensor, scale: float, passed: Callable[[], None]) -> Tensor:
     """`value`, with scale · term added to whatever loss its gradient comes from.
 
-    So a loss term made in the middle of a pipeline needs no way to the last stage. `passed` is called once per backward:
-    a forward that is run again for recomputation counts nothing twice.
+    So a loss term made in the middle of a pipeline needs no way to the last stage. `passed` is called once per
+    backward: a forward that is run again for recomputation counts nothing twice.
     """
     return _Join.apply(value, term, scale, passed)

@@ -1,4 +1,4 @@
-"""Expert parallelism equals one process: loss, gradient norm and every gradient, whatever the other axes and the routing."""
+"""Expert parallelism equals one process: loss, norm and every gradient, whatever the other axes and the routing."""
 
 from __future__ import annotations
 
