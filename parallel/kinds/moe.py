@@ -221,7 +221,7 @@ class MoE(Mixer):
             f_RGE = excess(self._over_rows(counts_RME), self.open_experts)
             sequence = ((f_RGE[layout.rows, pool] * share).sum(dim=-1) * real).sum()
         if config.aux_global:  # the last step's loads: known everywhere, whatever the micro-batches
-            f_GE = excess(self._pooled(self.expert_load), self.open_experts).to(share.dtype)
+            f_GE = excess(self._pooled(self.expert_load).to(share.dtype), self.open_experts)
             everywhere = ((f_GE[pool] * share).sum(dim=-1) * real).sum()
         if config.z_loss:
             z = (logits.logsumexp(dim=-1).square() * real).sum()

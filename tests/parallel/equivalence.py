@@ -11,6 +11,7 @@ from torch.distributed.tensor import DTensor
 
 from polylepis.checkpoints.sharded import model_tensors
 from polylepis.parallel.engines.fsdp import build_model, gradient_norm
+from polylepis.parallel.kinds.moe import MoE
 from polylepis.parallel.layout import Layout
 from polylepis.parallel.mesh import ContextConfig, MeshConfig, build_mesh, init_process_group
 from polylepis.parallel.model import ModelConfig
@@ -33,10 +34,18 @@ def gradients(
     dtype: torch.dtype,
     absent: tuple[int, ...],
     context: ContextConfig | None = None,
+    bias: tuple[float, ...] = (),
 ) -> tuple[float, float, dict[str, Tensor]]:
-    """Loss, gradient norm and whole gradients of one step over all micro-batches, split over data-parallel ranks."""
+    """Loss, gradient norm and whole gradients of one step over all micro-batches, split over data-parallel ranks.
+
+    Expert layers start as if a step with uneven loads had gone before, with the selection `bias` where one is given.
+    """
     mesh = build_mesh(mesh_config, "cpu", context)
     model = build_model(config, mesh, seed=3, dtype=dtype)
+    for layer in (module for module in model.modules() if isinstance(module, MoE)):
+        layer.expert_load.copy_(torch.arange(1.0, 1 + layer.expert_load.numel()).view_as(layer.expert_load))
+        if bias:
+            layer.selection_bias.copy_(torch.tensor(bias))
     mine = batches(absent)[mesh.dp_rank :: mesh.dp_size]
     total = sum(float(b["loss_weight"].double().sum()) for b in batches(absent))
     loss = torch.zeros((), dtype=torch.float64)
@@ -84,6 +93,8 @@ def assert_equal_gradients(actual: Any, expected: Any, tolerance: float) -> None
             assert difference / scale <= tolerance, f"{name}: {difference / scale:.1e}"
 
 
-def gradients_alone(config: ModelConfig, dtype: torch.dtype, absent: tuple[int, ...] = ()) -> Any:
+def gradients_alone(
+    config: ModelConfig, dtype: torch.dtype, absent: tuple[int, ...] = (), bias: tuple[float, ...] = ()
+) -> Any:
     init_process_group("cpu")
-    return gradients(config, MeshConfig(), dtype, absent)
+    return gradients(config, MeshConfig(), dtype, absent, None, bias)
