@@ -192,9 +192,9 @@ def test_balancing_moves_the_bias_towards_idle_experts() -> None:
     layer = model.layers["0"].mixer
     assert isinstance(layer, MoE)
     batch = toy_batch([[9, 3]], 16)
-    model(batch["tokens"][0], Layout.from_batch(batch, 3, torch.device("cpu")), batch["labels"][0])
+    model(batch["tokens"][0], Layout.from_batch(batch, 3, torch.device("cpu")), batch["labels"][0]).sum().backward()
     assert float(layer.load.sum()) == 12 * 2  # padding is nobody's load
-    layer.balance(torch.tensor([10.0, 2.0, 12.0]))
+    layer.finish_step(torch.tensor([[6.0, 0.0, 6.0], [4.0, 2.0, 0.0], [0.0, 0.0, 6.0]]))
     expected = torch.tensor([-1.0, 1.0, -1.0]) * layer.config.bias_update_rate
     torch.testing.assert_close(layer.selection_bias, expected)
     assert not bool(layer.load.any())
