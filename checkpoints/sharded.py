@@ -20,6 +20,7 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.fsdp import FSDPModule
 
+from ..parallel.kinds.moe import MoE
 from ..parallel.model import HybridModel
 from ..parallel.parts import named_parts, split_bank
 from .errors import CheckpointError
@@ -42,8 +43,15 @@ def model_tensors(model: HybridModel) -> dict[str, Tensor]:
 
 
 def optimizer_tensors(model: HybridModel, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Both AdamW moments of every logical parameter, and each parameter's step count; created where absent."""
-    tensors: dict[str, Tensor] = {}
+    """Both AdamW moments of every logical parameter, and each parameter's step count; created where absent.
+
+    With them the expert loads of the last step: no weights either, but the next step looks at them.
+    """
+    tensors: dict[str, Tensor] = {
+        f"optimizer.expert_load.{name}": layer.expert_load
+        for name, layer in model.named_modules()
+        if isinstance(layer, MoE)
+    }
     for name, parameter, part in named_parts(model):
         state = optimizer.state[parameter]
         if not state:

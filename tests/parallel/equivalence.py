@@ -69,7 +69,7 @@ def oracle(config: ModelConfig, absent: tuple[int, ...]) -> tuple[float, float, 
     tensors = {
         name: (t.full_tensor() if isinstance(t, DTensor) else t).clone() for name, t in model_tensors(model).items()
     }
-    leaves = {n: t.requires_grad_() for n, t in tensors.items() if not n.endswith(("selection_bias", "expert_load"))}
+    leaves = {n: t.requires_grad_() for n, t in tensors.items() if not n.endswith("selection_bias")}
     total = sum(float(b["loss_weight"].double().sum()) for b in batches(absent))
     loss = torch.stack([reference_loss(config, tensors, b, total) for b in batches(absent)]).sum()
     grads = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
