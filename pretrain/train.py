@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import importlib.util
+import json
 import os
 import sys
 import time
@@ -15,11 +16,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from ..checkpoints.manifest import newest_checkpoint
-from ..checkpoints.sharded import load_checkpoint, save_checkpoint
+from ..checkpoints.keeper import Keeper
+from ..checkpoints.manifest import hash_config
 from ..data.stream import Step, Stream
-from ..parallel.engines.base import Engine
+from ..parallel.engines.base import Engine, Objective
+from ..parallel.engines.deepspeed import DeepSpeedEngine
 from ..parallel.engines.fsdp import FSDPEngine, build_model
+from ..parallel.engines.pipeline import PipelineEngine, build_stages
 from ..parallel.megatron import preload
 from ..parallel.mesh import Mesh, build_mesh
 from .config import RunConfig, load_config
@@ -28,9 +31,7 @@ from .experts import check_routers, finish_experts
 from .meter.tracker import Tracker, plot_losses
 from .objectives.next_token import next_token
 from .optim import build_optimizer
-from .prepare import check_run, open_data, prepare_folder
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+from .prepare import check_run, open_data, prepare_folder, stages_of
 
 
 def train(config: RunConfig) -> None:
@@ -49,13 +50,13 @@ def train(config: RunConfig) -> None:
     if dist.get_rank() == 0:
         prepare_folder(config)
     dist.barrier()
-    resumed = newest_checkpoint(config.checkpoints)
+    keeper = open_keeper(config, engine)
+    resumed = keeper.resume()
     if resumed is not None:
-        manifest = load_checkpoint(resumed, engine.models[0], engine.optimizer)
-        stream.load_state_dict(manifest["data"])
-        first = manifest["step"]
+        stream.load_state_dict(resumed["data"])
+        first = resumed["step"]
 
-    with open_tracker(config, first) as tracker:
+    with keeper, open_tracker(config, first) as tracker:
         for step in range(first, config.train.steps):
             with located(step + 1):
                 started = time.perf_counter()
@@ -77,20 +78,49 @@ def train(config: RunConfig) -> None:
                 if tracker is not None:
                     seconds = time.perf_counter() - started
                     metrics = step_metrics(config, step + 1, data, losses.tolist(), norm, lr, seconds, waited)
-                    tracker.log(metrics | experts)
-                if is_checkpoint_step(config, step + 1):
-                    extra = {"step": step + 1, "data": stream.state_dict()}
-                    (model,), keep = engine.models, (config.train.keep, config.train.keep_every)
-                    save_checkpoint(config.checkpoints, model, engine.optimizer, extra, *keep)
+                    tracker.log(metrics | experts | keeper.times())
+                keeper.after_step(step + 1, stream.state_dict, last=step + 1 == config.train.steps)
 
     if tracker is not None and importlib.util.find_spec("matplotlib") and first < config.train.steps:
         plot_losses(config.path, config.model.modalities)
 
 
-def build_engine(config: RunConfig, mesh: Mesh) -> Engine:
-    """Model, optimizer and objective of the run, on this rank."""
-    model = build_model(config.model, mesh, seed=config.seed, compute_dtype=DTYPES[config.train.precision])
-    return FSDPEngine(model, build_optimizer(config.optim, model), next_token)
+def build_engine(
+    config: RunConfig, mesh: Mesh, objective: Objective = next_token, dtype: torch.dtype = torch.float32
+) -> Engine:
+    """Model (or this rank's pipeline stages), optimizer and objective of the run; parameters are of `dtype`."""
+    compute = config.train.compute_dtype if dtype == torch.float32 else dtype
+    if config.engine == "deepspeed":
+        adam = config.optim
+        return DeepSpeedEngine(
+            config.model,
+            mesh,
+            objective,
+            config.deepspeed,
+            lr=adam.lr,
+            betas=(adam.beta1, adam.beta2),
+            eps=adam.eps,
+            weight_decay=adam.weight_decay,
+            seed=config.seed,
+            compute_dtype=compute,
+            recompute=config.recompute,
+        )
+    options: dict[str, Any] = {"seed": config.seed, "dtype": dtype, "compute_dtype": compute}
+    options["recompute"] = config.recompute
+    if mesh.pp_size == 1:
+        model = build_model(config.model, mesh, **options)
+        return FSDPEngine(model, build_optimizer(config.optim, model), objective)
+    stages = stages_of(config, mesh.pp_size)
+    models = build_stages(config.model, mesh, config.pipeline, stages, **options)
+    optimizer = build_optimizer(config.optim, *models)
+    return PipelineEngine(models, optimizer, objective, config.pipeline, compute, config.recompute)
+
+
+def open_keeper(config: RunConfig, engine: Engine) -> Keeper:
+    """What saves the run and finds where it stopped; every checkpoint carries the resolved configuration."""
+    values = json.loads(json.dumps(dataclasses.asdict(config)))
+    facts = {"config": values, "config_hash": hash_config(values)}
+    return Keeper(config.checkpoints, engine.models, engine.optimizer, config.train.keep_rules(), facts=facts)
 
 
 @contextlib.contextmanager
@@ -122,11 +152,6 @@ def check_agreement(step: int, digest: str) -> None:
             f"step {usual[0]}: ranks hold different batches; {', '.join(others[:8])} differ from the "
             f"other {count} ranks"
         )
-
-
-def is_checkpoint_step(config: RunConfig, step: int) -> bool:
-    every = config.train.checkpoint_every
-    return step == config.train.steps or bool(every and step % every == 0)
 
 
 def step_metrics(

@@ -178,9 +178,11 @@ def verification(config: RunConfig, world_size: int) -> RunConfig:
     """The plan to verify: structure and axes as they are, widths tiny, data-parallel axes capped at two.
 
     Raises:
-        ConfigError: more processes than `MAX_PROCESSES` even so.
+        ConfigError: more processes than `MAX_PROCESSES` even so, or an engine without fp64.
         PlanError: the plan itself cannot be built.
     """
+    if config.engine == "deepspeed":
+        raise ConfigError("verify: DeepSpeed has no float64, in which a plan is proven; verify it with engine=fsdp2")
     config.model.check(config.mesh.tp)
     config.model.check_experts(config.mesh)
     given = config.mesh
