@@ -17,6 +17,8 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
 
+import torch.distributed as dist
+
 FOLDER = "launch"
 STOP_FILE = "stop"
 OUTCOME_FILE = "outcome"
@@ -71,16 +73,19 @@ def read_outcome(folder: Path) -> str | None:
 
 
 class Preemption:
-    """Collects requests to stop while its body runs.
+    """Collects requests to stop while its body runs, and records at its end what became of the run.
 
     Enter it after the process group exists: a rank that waits in the rendezvous must still die of SIGTERM, or torchrun
     waits 30 seconds for it at every restart.
     """
 
-    def __init__(self, folder: Path, reads_marker: bool) -> None:
-        """`reads_marker`: on rank 0, which looks for the marker file so that the others need not."""
-        self._marker = folder / FOLDER / STOP_FILE if reads_marker else None
-        self._folder, self._signalled = folder, Stop.NO
+    def __init__(self, folder: Path, steps: int) -> None:
+        """`steps`: of the whole run. On rank 0 the marker file is looked for, so that the others need not."""
+        first = not dist.is_initialized() or dist.get_rank() == 0
+        self._marker = folder / FOLDER / STOP_FILE if first else None
+        self._folder, self._steps = folder, steps
+        self._signalled = self._agreed = Stop.NO
+        self._stopped_at: int | None = None
         self._previous: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> Preemption:
@@ -93,6 +98,11 @@ class Preemption:
     ) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
+        if kind is None and self._marker is not None:
+            stopped = self._stopped_at is not None
+            outcome = f"stopped {self._agreed.name.lower()}" if stopped else "done"
+            write_outcome(self._folder, outcome, self._stopped_at if self._stopped_at is not None else self._steps)
+            self._marker.unlink(missing_ok=True)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT and self._signalled:  # the second Ctrl-C means it
@@ -109,11 +119,15 @@ class Preemption:
             return self._signalled
         return Stop.END if words[:1] == ["end"] else max(Stop.REQUEUE, self._signalled)
 
-    def conclude(self, stop: Stop, step: int) -> None:
-        """On the rank that reads the marker: record what became of the run, and forget the request."""
-        if self._marker is not None:
-            write_outcome(self._folder, "done" if stop == Stop.NO else f"stopped {stop.name.lower()}", step)
-            self._marker.unlink(missing_ok=True)
+    def agree(self, stop: int) -> None:
+        """What the ranks have been asked, the strongest of it, the same on all of them."""
+        self._agreed = Stop(stop)
+
+    def ends_after(self, step: int) -> bool:
+        """Whether `step` (counted from 1) is the last for now: the run's own last, or one that ranks agreed on."""
+        if step < self._steps and self._agreed != Stop.NO:
+            self._stopped_at = step
+        return step >= self._steps or self._stopped_at is not None
 
 
 def die_with_parent() -> None:

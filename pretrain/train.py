@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import importlib.util
+import json
 import os
 import sys
 import time
@@ -15,24 +16,24 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from ..checkpoints.manifest import newest_checkpoint
-from ..checkpoints.sharded import load_checkpoint, save_checkpoint
+from ..checkpoints.keeper import Keeper
+from ..checkpoints.manifest import hash_config
 from ..data.stream import Step, Stream
-from ..parallel.engines.base import Engine
+from ..parallel.engines.base import Engine, Objective
+from ..parallel.engines.deepspeed import DeepSpeedEngine
 from ..parallel.engines.fsdp import FSDPEngine, build_model
-from ..parallel.kinds.moe import MoE
+from ..parallel.engines.pipeline import PipelineEngine, build_stages
 from ..parallel.megatron import preload
 from ..parallel.mesh import Mesh, build_mesh
 from .claim import claim_folder
 from .config import RunConfig, load_config
 from .errors import DivergenceError
+from .experts import check_routers, finish_experts
 from .meter.tracker import Tracker, plot_losses
 from .objectives.next_token import next_token
 from .optim import build_optimizer
-from .preempt import Preemption, Stop, die_with_parent, write_outcome
-from .prepare import check_run, open_data, prepare_folder
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+from .preempt import Preemption, die_with_parent, write_outcome
+from .prepare import check_run, open_data, prepare_folder, stages_of
 
 
 def train(config: RunConfig) -> None:
@@ -51,51 +52,86 @@ def train(config: RunConfig) -> None:
     if dist.get_rank() == 0:
         prepare_folder(config)
     dist.barrier()
-    resumed = newest_checkpoint(config.checkpoints)
+    keeper = open_keeper(config, engine)
+    resumed = keeper.resume()
     if resumed is not None:
-        manifest = load_checkpoint(resumed, engine.models[0], engine.optimizer)
-        stream.load_state_dict(manifest["data"])
-        first = manifest["step"]
+        stream.load_state_dict(resumed["data"])
+        first = resumed["step"]
 
-    is_first, stop, step = dist.get_rank() == 0, Stop.NO, first - 1
-    claim = claim_folder(config.path) if is_first else contextlib.nullcontext()
-    with claim, Preemption(config.path, is_first) as preemption, open_tracker(config, first) as tracker:
+    claim = claim_folder(config.path) if dist.get_rank() == 0 else contextlib.nullcontext()
+    with (
+        claim,
+        Preemption(config.path, config.train.steps) as preemption,
+        keeper,
+        open_tracker(config, first) as tracker,
+    ):
         for step in range(first, config.train.steps):
             with located(step + 1):
                 started = time.perf_counter()
                 data = stream.next()
-                stop = check_agreement(step + 1, data.doc_digest, preemption.wanted())
+                check_agreement(step + 1, data.doc_digest, preemption)
                 waited = time.perf_counter() - started
 
                 sums = engine.accumulate(data.micro_batches, data.total_weight)
                 norm = engine.gradient_norm()
+                check_routers(engine, norm)
                 if config.optim.clip and norm > config.optim.clip:
                     engine.scale(config.optim.clip / norm)
                 lr = config.optim.lr * config.optim.factor(step, config.train.steps)
                 engine.update(lr)
-                balance_experts(engine)
+                experts = finish_experts(engine)
 
                 dist.all_reduce(sums)
                 losses = sums / mesh.tp_size  # every tp rank counted the same tokens
                 if tracker is not None:
                     seconds = time.perf_counter() - started
-                    tracker.log(step_metrics(config, step + 1, data, losses.tolist(), norm, lr, seconds, waited))
-                if stop or is_checkpoint_step(config, step + 1):
-                    extra = {"step": step + 1, "data": stream.state_dict()}
-                    (model,), keep = engine.models, (config.train.keep, config.train.keep_every)
-                    save_checkpoint(config.checkpoints, model, engine.optimizer, extra, *keep)
-            if stop:
+                    metrics = step_metrics(config, step + 1, data, losses.tolist(), norm, lr, seconds, waited)
+                    tracker.log(metrics | experts | keeper.times())
+                last = preemption.ends_after(step + 1)
+                keeper.after_step(step + 1, stream.state_dict, last=last)
+            if last:
                 break
-        preemption.conclude(stop if step + 1 < config.train.steps else Stop.NO, step + 1)
 
     if tracker is not None and importlib.util.find_spec("matplotlib") and first < config.train.steps:
         plot_losses(config.path, config.model.modalities)
 
 
-def build_engine(config: RunConfig, mesh: Mesh) -> Engine:
-    """Model, optimizer and objective of the run, on this rank."""
-    model = build_model(config.model, mesh, seed=config.seed, compute_dtype=DTYPES[config.train.precision])
-    return FSDPEngine(model, build_optimizer(config.optim, model), next_token)
+def build_engine(
+    config: RunConfig, mesh: Mesh, objective: Objective = next_token, dtype: torch.dtype = torch.float32
+) -> Engine:
+    """Model (or this rank's pipeline stages), optimizer and objective of the run; parameters are of `dtype`."""
+    compute = config.train.compute_dtype if dtype == torch.float32 else dtype
+    if config.engine == "deepspeed":
+        adam = config.optim
+        return DeepSpeedEngine(
+            config.model,
+            mesh,
+            objective,
+            config.deepspeed,
+            lr=adam.lr,
+            betas=(adam.beta1, adam.beta2),
+            eps=adam.eps,
+            weight_decay=adam.weight_decay,
+            seed=config.seed,
+            compute_dtype=compute,
+            recompute=config.recompute,
+        )
+    options: dict[str, Any] = {"seed": config.seed, "dtype": dtype, "compute_dtype": compute}
+    options["recompute"] = config.recompute
+    if mesh.pp_size == 1:
+        model = build_model(config.model, mesh, **options)
+        return FSDPEngine(model, build_optimizer(config.optim, model), objective)
+    stages = stages_of(config, mesh.pp_size)
+    models = build_stages(config.model, mesh, config.pipeline, stages, **options)
+    optimizer = build_optimizer(config.optim, *models)
+    return PipelineEngine(models, optimizer, objective, config.pipeline, compute, config.recompute)
+
+
+def open_keeper(config: RunConfig, engine: Engine) -> Keeper:
+    """What saves the run and finds where it stopped; every checkpoint carries the resolved configuration."""
+    values = json.loads(json.dumps(dataclasses.asdict(config)))
+    facts = {"config": values, "config_hash": hash_config(values)}
+    return Keeper(config.checkpoints, engine.models, engine.optimizer, config.train.keep_rules(), facts=facts)
 
 
 @contextlib.contextmanager
@@ -108,21 +144,19 @@ def located(step: int) -> Iterator[None]:
         raise
 
 
-def check_agreement(step: int, digest: str, stop: Stop = Stop.NO) -> Stop:
+def check_agreement(step: int, digest: str, preemption: Preemption) -> None:
     """All ranks must be about to train on the same global batch at the same step; one 24-byte all-gather tells.
 
-    Args:
-        stop: whether this rank has been asked to save and stop.
-
-    Returns:
-        The strongest request among the ranks, the same on all of them.
+    It also tells all ranks whether any of them has been asked to save and stop.
 
     Raises:
         DivergenceError: on every rank; names those that are not with the majority.
     """
     if dist.get_world_size() == 1:
-        return stop
-    mine = torch.tensor([[step, int(digest, 16) >> 1, stop]], device="cuda" if dist.get_backend() == "nccl" else "cpu")
+        preemption.agree(preemption.wanted())
+        return
+    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+    mine = torch.tensor([[step, int(digest, 16) >> 1, preemption.wanted()]], device=device)
     everyone = mine.new_empty(dist.get_world_size(), 3)
     dist.all_gather_into_tensor(everyone, mine)
     seen = [(theirs, digest) for theirs, digest, _ in everyone.tolist()]
@@ -133,23 +167,7 @@ def check_agreement(step: int, digest: str, stop: Stop = Stop.NO) -> Stop:
             f"step {usual[0]}: ranks hold different batches; {', '.join(others[:8])} differ from the "
             f"other {count} ranks"
         )
-    return Stop(int(everyone[:, 2].max()))
-
-
-def balance_experts(engine: Engine) -> None:
-    """Loss-free balancing: one all-reduce of all layers' loads, then each layer moves its selection biases."""
-    layers = [module for model in engine.models for module in model.modules() if isinstance(module, MoE)]
-    if not layers:
-        return
-    loads = torch.stack([layer.load for layer in layers])
-    dist.all_reduce(loads)
-    for layer, load in zip(layers, loads / engine.mesh.tp_size, strict=True):
-        layer.balance(load)
-
-
-def is_checkpoint_step(config: RunConfig, step: int) -> bool:
-    every = config.train.checkpoint_every
-    return step == config.train.steps or bool(every and step % every == 0)
+    preemption.agree(int(everyone[:, 2].max()))
 
 
 def step_metrics(

@@ -81,20 +81,23 @@ def test_a_request_at_the_last_step_is_a_finished_run(tmp_path: Path) -> None:
     assert read_outcome(tmp_path) == "done 2"
 
 
-def agree(digests: list[str], stops: list[int]) -> int:
-    return check_agreement(3, digests[dist.get_rank()], Stop(stops[dist.get_rank()]))
+def agree(folder: Path, digests: list[str], stops: list[int]) -> bool:
+    preemption = Preemption(folder, 10)
+    preemption.wanted = lambda: Stop(stops[dist.get_rank()])  # type: ignore[method-assign]
+    check_agreement(3, digests[dist.get_rank()], preemption)
+    return preemption.ends_after(3)
 
 
-def test_the_strongest_request_of_any_rank_counts() -> None:
+def test_a_request_to_any_rank_counts_for_all(tmp_path: Path) -> None:
     same = ["0123456789abcdef"] * 3
-    assert run_ranks(3, agree, same, [0, 0, 0]) == [Stop.NO] * 3
-    assert run_ranks(3, agree, same, [0, 1, 0]) == [Stop.REQUEUE] * 3
-    assert run_ranks(3, agree, same, [1, 0, 2]) == [Stop.END] * 3
+    assert run_ranks(3, agree, tmp_path, same, [0, 0, 0]) == [False] * 3
+    assert run_ranks(3, agree, tmp_path, same, [0, 1, 0]) == [True] * 3
+    assert run_ranks(3, agree, tmp_path, same, [1, 0, 2]) == [True] * 3
 
 
 def test_handlers_are_only_there_while_training(tmp_path: Path) -> None:
     before = signal.getsignal(signal.SIGTERM)
-    with Preemption(tmp_path, reads_marker=True) as preemption:
+    with Preemption(tmp_path, 5) as preemption:
         assert preemption.wanted() == Stop.NO
         os.kill(os.getpid(), signal.SIGINT)
         assert preemption.wanted() == Stop.REQUEUE
@@ -104,7 +107,7 @@ def test_handlers_are_only_there_while_training(tmp_path: Path) -> None:
         assert preemption.wanted() == Stop.END
     assert signal.getsignal(signal.SIGTERM) is before
     clear_requests(tmp_path)
-    assert Preemption(tmp_path, reads_marker=True).wanted() == Stop.NO
+    assert Preemption(tmp_path, 5).wanted() == Stop.NO
 
 
 def test_workers_die_with_their_agent(tmp_path: Path) -> None:
