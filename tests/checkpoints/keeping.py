@@ -26,7 +26,7 @@ def model_and_optimizer(mesh_config: MeshConfig, seed: int) -> State:
 
 
 def step(model: HybridModel, optimizer: torch.optim.Optimizer) -> None:
-    """One step on a fixed batch, plus noise from the rank's generator, as dropout would draw it."""
+    """One step on a fixed batch."""
     batch = toy_batch([[13, 1, 9], [20]], 24)
     layout = Layout.from_batch(batch, 3, model.mesh.device)
     model(batch["tokens"].reshape(-1), layout, batch["labels"].reshape(-1)).sum().backward()
@@ -35,11 +35,9 @@ def step(model: HybridModel, optimizer: torch.optim.Optimizer) -> None:
 
 
 def local_state(state: State) -> dict[str, torch.Tensor]:
-    """Copies of all that this rank holds, its generator's next number included."""
-    tensors = {
-        n: t.to_local() if isinstance(t, DTensor) else t for n, t in state_tensors((state[0],), state[1]).items()
-    }
-    return {n: t.clone() for n, t in tensors.items()}
+    """Copies of all that this rank holds."""
+    tensors = state_tensors((state[0],), state[1])
+    return {n: (t.to_local() if isinstance(t, DTensor) else t).clone() for n, t in tensors.items()}
 
 
 def differing(a: dict[str, Any], b: dict[str, Any]) -> list[str]:

@@ -192,11 +192,9 @@ def fail_on_one_rank(folder: Path, mesh: MeshConfig, rank: int) -> Lines:
 def test_a_failed_save_is_told_by_all_and_training_goes_on(rank: int, tmp_path: Path) -> None:
     lines, others = run_ranks(2, fail_on_one_rank, tmp_path, TWO, rank)
     assert [(kind, at) for kind, at, _ in lines] == [("checkpoint_failed", 2), ("checkpoint_failed", 3), ("raised", 5)]
-    assert others == lines[2:]  # only rank 0 reports, all ranks raise
+    assert [(kind, at) for kind, at, _ in others] == [("raised", 5)]  # only rank 0 reports, all ranks raise
     assert f"step-00000002: could not be saved: rank {rank}: MemoryError: no memory for the copy (" in lines[0][2]
-    assert (
-        f"step-00000003: could not be saved: rank {rank}: OSError: [Errno 28] No space left on device (" in lines[1][2]
-    )
+    assert f"could not be saved: rank {rank}: OSError: [Errno 28] No space left on device (" in lines[1][2]
     assert "bytes are free there); older checkpoints are untouched; training goes on" in lines[1][2]
     (left,) = (tmp_path / "checkpoints").iterdir()
     assert left.name == "step-00000004" and list(damages(left)) == []

@@ -147,9 +147,9 @@ def test_a_flipped_bit_is_found(
 
 
 def test_what_is_superfluous(tmp_path: Path) -> None:
-    for step in (10, 15, 20, 25, 30):
-        (tmp_path / f"step-{step:08d}").mkdir()
-        (tmp_path / f"step-{step:08d}" / "manifest.json").touch()
+    for number in (10, 15, 20, 25, 30):
+        (tmp_path / f"step-{number:08d}").mkdir()
+        (tmp_path / f"step-{number:08d}" / "manifest.json").touch()
     assert [int(p.name[5:]) for p in superfluous(tmp_path, keep=2, keep_every=0)] == [10, 15, 20]
     assert [int(p.name[5:]) for p in superfluous(tmp_path, keep=2, keep_every=10)] == [15]
     assert superfluous(tmp_path, keep=0, keep_every=0) == []
