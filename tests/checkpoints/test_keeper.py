@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import subprocess
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -201,21 +201,27 @@ def test_a_failed_save_is_told_by_all_and_training_goes_on(rank: int, tmp_path: 
 
 
 @pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A disk of 700 kB: the toy's checkpoint of about 300 kB fits twice, not three times."""
+def mount(tmp_path: Path) -> Iterator[Callable[[int], Path]]:
+    """Mounts a disk of so many bytes."""
     folder = tmp_path / "disk"
     folder.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=700k", "tmpfs", str(folder)], capture_output=True)
-    if mounted.returncode:
-        pytest.skip(f"cannot mount a small disk: {mounted.stderr.decode().strip()}")
-    try:
-        yield folder
-    finally:
-        subprocess.run(["umount", str(folder)], check=True)
+
+    def attach(size: int) -> Path:
+        done = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", folder], capture_output=True)
+        if done.returncode:
+            pytest.skip(f"cannot mount a small disk: {done.stderr.decode().strip()}")
+        return folder
+
+    yield attach
+    subprocess.run(["umount", folder], capture_output=True)
 
 
-def test_a_full_and_a_read_only_disk(small_disk: Path) -> None:
+def test_a_full_and_a_read_only_disk(mount: Callable[[int], Path], tmp_path: Path) -> None:
     lines: Lines = []
+    made, state = keeper(tmp_path, ONE, lines)
+    made.after_step(1, lambda: {}, last=True)
+    size = sum(file.stat().st_size for file in (made.folder / "step-00000001").iterdir())
+    small_disk = mount(int(2.6 * size))  # two of them, not three
     made, state = keeper(small_disk, ONE, lines)
     with made:
         for number in range(1, 5):
