@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import random
-import shutil
 import signal
 import sys
 import time
@@ -72,12 +71,6 @@ def check_points(folder: Path, asynchronous: bool, share: float) -> None:
     """Kill before a share of all file operations, spread evenly, and look at what is left."""
     whole = folder / "whole"
     ((operations, truth),) = run_ranks(1, save_twice, whole, asynchronous, 0)
-    hashes = {}
-    for number in (1, 2):
-        shutil.rmtree(whole)
-        ((_, again),) = run_ranks(1, save_twice, whole, asynchronous, 0)
-        assert differing(again[number], truth[number]) == []
-    hashes[2] = read_manifest(whole / "step-00000002")["tensors"]
     assert operations > 10
     seen = set()
     for point in range(1, operations + 1, round(1 / share)):
@@ -93,7 +86,6 @@ def check_points(folder: Path, asynchronous: bool, share: float) -> None:
         assert differing(values, truth[resumed["step"]]) == [], f"point {point}"
         assert not [path for path in died.iterdir() if path.name.startswith(".")], f"point {point}"  # cleared
     assert seen == {1, 2}
-    assert {name: tensor["hash"] for name, tensor in hashes[2].items()}
 
 
 def test_killed_at_some_file_operations(tmp_path: Path) -> None:

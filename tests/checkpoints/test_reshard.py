@@ -1,0 +1,103 @@
+"""Any mesh opens what any mesh saved, bit for bit: weights, both moments, step counts and buffers."""
+
+from __future__ import annotations
+
+import zlib
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+from keeping import model_and_optimizer
+from polylepis.checkpoints.manifest import read_manifest
+from polylepis.checkpoints.sharded import load_checkpoint, save_checkpoint
+from polylepis.checkpoints.tensors import state_tensors
+from polylepis.parallel.mesh import MeshConfig
+from ranks import run_ranks
+
+MESHES = {
+    "one": MeshConfig(dp_shard=1),
+    "dp2-tp2": MeshConfig(dp_shard=2, tp=2),
+    "hsdp2": MeshConfig(dp_replicate=2, dp_shard=1),
+    "cp2-tp2": MeshConfig(dp_shard=1, cp=2, tp=2),
+    "tp2": MeshConfig(dp_shard=1, tp=2),
+    "dp2": MeshConfig(dp_shard=2),
+    "cp2": MeshConfig(dp_shard=1, cp=2),
+    "dp4": MeshConfig(dp_shard=4),
+    "hsdp2-dp2": MeshConfig(dp_replicate=2, dp_shard=2),
+    "hsdp2-tp2": MeshConfig(dp_replicate=2, dp_shard=1, tp=2),
+    "dp2-cp2": MeshConfig(dp_shard=2, cp=2),
+    "dp2-cp2-tp2": MeshConfig(dp_shard=2, cp=2, tp=2),
+}
+SAMPLED = ("one", "dp2-tp2", "hsdp2", "cp2-tp2", "tp2")
+
+
+def world(mesh: MeshConfig) -> int:
+    return mesh.dp_replicate * mesh.dp_shard * mesh.cp * mesh.tp
+
+
+def logical_value(name: str, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+    """Values that depend on the name alone."""
+    generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
+    return torch.randn(shape, generator=generator).to(dtype)
+
+
+@torch.no_grad()
+def save_on(mesh: MeshConfig, folder: Path) -> None:
+    model, optimizer = model_and_optimizer(mesh, seed=1)
+    for name, tensor in state_tensors((model,), optimizer).items():
+        block = logical_value(name, tensor.shape, tensor.dtype)
+        if not isinstance(tensor, DTensor):
+            tensor.copy_(block)
+            continue
+        shape, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
+        for dim, (length, start) in enumerate(zip(shape, offset, strict=True)):
+            block = block.narrow(dim, min(start, block.shape[dim]), length)
+        tensor.to_local().copy_(block)
+    save_checkpoint(folder, model, optimizer, {"step": 1, "data": {}})
+
+
+@torch.no_grad()
+def wrong_after_load(mesh: MeshConfig, folders: list[Path]) -> list[str]:
+    """Load each folder's checkpoint; names of tensors that, gathered from all ranks, are not what their name says."""
+    model, optimizer = model_and_optimizer(mesh, seed=2)
+    wrong = []
+    for folder in folders:
+        for tensor in state_tensors((model,), optimizer).values():
+            (tensor.to_local() if isinstance(tensor, DTensor) else tensor).fill_(-1)
+        load_checkpoint(folder / "step-00000001", model, optimizer)
+        for name, tensor in state_tensors((model,), optimizer).items():
+            value = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+            if not torch.equal(value, logical_value(name, tensor.shape, tensor.dtype)):
+                wrong.append(f"{folder.name}: {name}")
+    return wrong
+
+
+def check(names: tuple[str, ...], folder: Path, sources: dict[str, tuple[str, ...]]) -> None:
+    for name in names:
+        run_ranks(world(MESHES[name]), save_on, MESHES[name], folder / name)
+    manifests = {name: read_manifest(folder / name / "step-00000001")["tensors"] for name in names}
+    hashes = [{n: t["hash"] for n, t in m.items() if not n.startswith("random.")} for m in manifests.values()]
+    assert all(found == hashes[0] for found in hashes)  # the content's hash knows no mesh
+    placements = {m["layers.1.mixer.q_proj.weight"]["placement"] for m in manifests.values()}
+    assert {"fsdp1=S(0) tp1=S(0)", "fsdp1=S(0) tp2=S(0)"} < placements
+    for target, saved in sources.items():
+        folders = [folder / name for name in saved]
+        for wrong in run_ranks(world(MESHES[target]), wrong_after_load, MESHES[target], folders):
+            assert wrong == [], target
+
+
+def test_sampled_meshes_open_each_others_checkpoints(tmp_path: Path) -> None:
+    """Every sampled mesh as a source and as a target; the file of each is opened by the next two."""
+    after = {name: tuple(SAMPLED[(i + k) % len(SAMPLED)] for k in (1, 3)) for i, name in enumerate(SAMPLED)}
+    check(SAMPLED, tmp_path, after)
+
+
+@pytest.mark.full
+@pytest.mark.timeout(1200)
+def test_every_mesh_opens_the_checkpoints_of_every_mesh(tmp_path: Path) -> None:
+    """12 × 12."""
+    check(tuple(MESHES), tmp_path, dict.fromkeys(MESHES, tuple(MESHES)))
