@@ -45,29 +45,27 @@ def logical_value(name: str, shape: torch.Size, dtype: torch.dtype) -> Tensor:
     return torch.randn(shape, generator=generator).to(dtype)
 
 
-@torch.no_grad()
 def save_on(mesh: MeshConfig, folder: Path) -> None:
     model, optimizer = model_and_optimizer(mesh, seed=1)
     for name, tensor in state_tensors((model,), optimizer).items():
         block = logical_value(name, tensor.shape, tensor.dtype)
         if not isinstance(tensor, DTensor):
-            tensor.copy_(block)
+            tensor.detach().copy_(block)
             continue
         shape, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
         for dim, (length, start) in enumerate(zip(shape, offset, strict=True)):
             block = block.narrow(dim, min(start, block.shape[dim]), length)
-        tensor.to_local().copy_(block)
+        tensor.to_local().detach().copy_(block)
     save_checkpoint(folder, model, optimizer, {"step": 1, "data": {}})
 
 
-@torch.no_grad()
 def wrong_after_load(mesh: MeshConfig, folders: list[Path]) -> list[str]:
     """Load each folder's checkpoint; names of tensors that, gathered from all ranks, are not what their name says."""
     model, optimizer = model_and_optimizer(mesh, seed=2)
     wrong = []
     for folder in folders:
         for tensor in state_tensors((model,), optimizer).values():
-            (tensor.to_local() if isinstance(tensor, DTensor) else tensor).fill_(-1)
+            (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach().fill_(-1)
         load_checkpoint(folder / "step-00000001", model, optimizer)
         for name, tensor in state_tensors((model,), optimizer).items():
             value = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
@@ -83,7 +81,7 @@ def check(names: tuple[str, ...], folder: Path, sources: dict[str, tuple[str, ..
     hashes = [{n: t["hash"] for n, t in m.items() if not n.startswith("random.")} for m in manifests.values()]
     assert all(found == hashes[0] for found in hashes)  # the content's hash knows no mesh
     placements = {m["layers.1.mixer.q_proj.weight"]["placement"] for m in manifests.values()}
-    assert {"fsdp1=S(0) tp1=S(0)", "fsdp1=S(0) tp2=S(0)"} < placements
+    assert len(placements) >= 3, placements  # they did lie differently
     for target, saved in sources.items():
         folders = [folder / name for name in saved]
         for wrong in run_ranks(world(MESHES[target]), wrong_after_load, MESHES[target], folders):
