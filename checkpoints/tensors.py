@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
+from ..parallel.engines.base import Elsewhere, Optimizer
 from ..parallel.model import HybridModel
 from ..parallel.parts import named_parts, split_bank
 from .rules import OPTIMIZER
@@ -45,9 +46,17 @@ def optimizer_tensors(models: Models, optimizer: torch.optim.Optimizer) -> dict[
     return tensors
 
 
-def state_tensors(models: Models, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Both of the above."""
+def state_tensors(models: Models, optimizer: Optimizer) -> dict[str, Tensor]:
+    """Both of the above; copies where the state lies elsewhere (see `put_back`)."""
+    if isinstance(optimizer, Elsewhere):
+        return optimizer.tensors()
     return model_tensors(models) | optimizer_tensors(models, optimizer)
+
+
+def put_back(tensors: Mapping[str, Tensor], optimizer: Optimizer) -> None:
+    """Call it after the result of `state_tensors` has been filled."""
+    if isinstance(optimizer, Elsewhere):
+        optimizer.take(tensors)
 
 
 def _several(models: Models) -> Sequence[HybridModel]:
