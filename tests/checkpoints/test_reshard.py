@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -11,11 +12,16 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from keeping import model_and_optimizer
+from keeping import CONFIG
 from polylepis.checkpoints.manifest import read_manifest
 from polylepis.checkpoints.sharded import load_checkpoint, save_checkpoint
 from polylepis.checkpoints.tensors import state_tensors
-from polylepis.parallel.mesh import MeshConfig
+from polylepis.parallel.engines.fsdp import build_model
+from polylepis.parallel.engines.pipeline import build_stages
+from polylepis.parallel.mesh import MeshConfig, build_mesh
+from polylepis.parallel.model import HybridModel
+from polylepis.parallel.pipeline.config import PipelineConfig, cut_stages, layer_costs
+from polylepis.pretrain.optim import OptimConfig, build_optimizer
 from ranks import run_ranks
 
 MESHES = {
@@ -28,15 +34,26 @@ MESHES = {
     "cp2": MeshConfig(dp_shard=1, cp=2),
     "dp4": MeshConfig(dp_shard=4),
     "hsdp2-dp2": MeshConfig(dp_replicate=2, dp_shard=2),
-    "hsdp2-tp2": MeshConfig(dp_replicate=2, dp_shard=1, tp=2),
-    "dp2-cp2": MeshConfig(dp_shard=2, cp=2),
+    "pp2": MeshConfig(dp_shard=1, pp=2),
+    "pp2-hsdp2-tp2": MeshConfig(dp_replicate=2, dp_shard=1, tp=2, pp=2),
     "dp2-cp2-tp2": MeshConfig(dp_shard=2, cp=2, tp=2),
 }
-SAMPLED = ("one", "dp2-tp2", "hsdp2", "cp2-tp2", "tp2")
+SAMPLED = ("one", "dp2-tp2", "pp2", "cp2-tp2", "hsdp2")
 
 
 def world(mesh: MeshConfig) -> int:
-    return mesh.dp_replicate * mesh.dp_shard * mesh.cp * mesh.tp
+    return mesh.dp_replicate * mesh.dp_shard * mesh.cp * mesh.tp * mesh.pp
+
+
+def build(config: MeshConfig, seed: int) -> tuple[Sequence[HybridModel], torch.optim.Optimizer]:
+    mesh = build_mesh(config, "cpu")
+    if mesh.pp_size == 1:
+        models: Sequence[HybridModel] = (build_model(CONFIG, mesh, seed=seed),)
+    else:
+        pipeline = PipelineConfig()
+        stages = cut_stages(CONFIG, pipeline, mesh.pp_size, layer_costs(CONFIG, 8.0))
+        models = build_stages(CONFIG, mesh, pipeline, stages, seed=seed)
+    return models, build_optimizer(OptimConfig(), *models)
 
 
 def logical_value(name: str, shape: torch.Size, dtype: torch.dtype) -> Tensor:
@@ -46,8 +63,8 @@ def logical_value(name: str, shape: torch.Size, dtype: torch.dtype) -> Tensor:
 
 
 def save_on(mesh: MeshConfig, folder: Path) -> None:
-    model, optimizer = model_and_optimizer(mesh, seed=1)
-    for name, tensor in state_tensors((model,), optimizer).items():
+    models, optimizer = build(mesh, seed=1)
+    for name, tensor in state_tensors(models, optimizer).items():
         block = logical_value(name, tensor.shape, tensor.dtype)
         if not isinstance(tensor, DTensor):
             tensor.detach().copy_(block)
@@ -56,18 +73,18 @@ def save_on(mesh: MeshConfig, folder: Path) -> None:
         for dim, (length, start) in enumerate(zip(shape, offset, strict=True)):
             block = block.narrow(dim, min(start, block.shape[dim]), length)
         tensor.to_local().detach().copy_(block)
-    save_checkpoint(folder, model, optimizer, {"step": 1, "data": {}})
+    save_checkpoint(folder, models, optimizer, {"step": 1, "data": {}})
 
 
 def wrong_after_load(mesh: MeshConfig, folders: list[Path]) -> list[str]:
     """Load each folder's checkpoint; names of tensors that, gathered from all ranks, are not what their name says."""
-    model, optimizer = model_and_optimizer(mesh, seed=2)
+    models, optimizer = build(mesh, seed=2)
     wrong = []
     for folder in folders:
-        for tensor in state_tensors((model,), optimizer).values():
+        for tensor in state_tensors(models, optimizer).values():
             (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach().fill_(-1)
-        load_checkpoint(folder / "step-00000001", model, optimizer)
-        for name, tensor in state_tensors((model,), optimizer).items():
+        load_checkpoint(folder / "step-00000001", models, optimizer)
+        for name, tensor in state_tensors(models, optimizer).items():
             value = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
             if not torch.equal(value, logical_value(name, tensor.shape, tensor.dtype)):
                 wrong.append(f"{folder.name}: {name}")
