@@ -15,9 +15,10 @@ from typing import Any
 import numpy as np
 import torch.distributed as dist
 
-from .batch import Batch, collate, mask, micro_batches, weight_vector
+from .batch import Batch, Slots, collate, mask, micro_batches, weight_vector
 from .dataset import Dataset
 from .errors import DataError
+from .latents import most_in_a_row, slot_table
 from .mixing import Mix, Source, Stage
 from .mock import MockDataset
 from .plan import Pack, Place, Planner, Position, StepPlan, digest
@@ -108,6 +109,8 @@ class Step:
         source_tokens: tokens of the global batch by source.
         stage: number of the stage of the mix, from 0.
         masked: tokens of the global batch that are in quarantine.
+        latents: continuous latents of the global batch by modality, for the modalities that are continuous.
+        latent_weight: sum of their planned weights, the denominator of a loss on them.
     """
 
     index: int
@@ -120,6 +123,8 @@ class Step:
     source_tokens: dict[str, int] = field(default_factory=dict)
     stage: int = 0
     masked: int = 0
+    latents: dict[str, int] = field(default_factory=dict)
+    latent_weight: float = 0.0
 
 
 class Stream:
@@ -177,12 +182,14 @@ class Stream:
             block=config.block,
             spread=config.spread,
         )
+        self._slots = self._room_for_latents()
         reader = Reader(
             self._splits,
             seq_len=config.seq_len,
             table=dataset.vocabulary.modality_table(),
             weights=self._weights,
             stall_seconds=config.stall_seconds,
+            slots=self._slots,
         )
         self._ahead = Ahead(reader, self.planner, self._cut, workers=config.workers, prefetch=config.prefetch)
         self._position, self._step = self.planner.start, 0
@@ -245,8 +252,10 @@ class Stream:
         if listed:
             self._mask(plan, found.rows, ledger)
         targets = per_modality.copy()
-        # A document's first token (bos, which counts as text) is nobody's target.
+        # A document's first token (bos, which counts as text) is nobody's target, and neither is a slot.
         targets[0] -= sum(len(pack.samples) for pack in plan.packs)
+        latents = sum((self._latents(pack) for pack in plan.packs), np.zeros_like(targets))
+        targets -= latents
         by_source = np.zeros(len(self._splits), dtype=np.int64)
         np.add.at(by_source, [pack.source for pack in plan.packs], counts.sum(axis=1))
         step = Step(
@@ -260,6 +269,8 @@ class Stream:
             source_tokens=dict(zip(self.planner.mix.names, by_source.tolist(), strict=True)),
             stage=self.planner.mix.stage(plan.before.draws),
             masked=masked,
+            latents={m: n for m, n in self._named(latents).items() if m in self._continuous},
+            latent_weight=float((latents * self._weights.astype(np.float64)).sum()),
         )
         self._position, self._ledger = plan.after, ledger
         self._step += 1
@@ -338,6 +349,7 @@ class Stream:
             shape=shape,
             most=plan.most,
             group=self.model_group,
+            slots=self._slots,
         )
         n_bad = int(rows.pop("n_bad"))
         bears = self.config.quarantine.max_per_source > 0 and self.group is not None
@@ -355,6 +367,28 @@ class Stream:
 
     def _counts(self, pack: Pack) -> np.ndarray:
         return self._splits[pack.source].modality_lengths[pack.samples].sum(axis=0)
+
+    @property
+    def _continuous(self) -> tuple[str, ...]:
+        form = self.dataset.latent_format
+        return form.modalities if form else ()
+
+    def _latents(self, pack: Pack) -> np.ndarray:
+        """int64 [M]: the planned latents of a pack by modality."""
+        rows = self._splits[pack.source].latent_rows
+        return rows.latent_counts[pack.samples].sum(axis=0) if rows is not None else np.int64(0)
+
+    def _room_for_latents(self) -> Slots | None:
+        """How latents go into batches: the same shape in every step of the run; None where all is discrete."""
+        form = self.dataset.latent_format
+        if form is None:
+            return None
+        most = max(
+            most_in_a_row(split.lengths, split.latent_rows.latent_counts.sum(axis=1), self.config.seq_len)
+            for split in self._splits
+            if split.latent_rows is not None
+        )
+        return Slots(slot_table(self.dataset.vocabulary, form), most, form.width, form.dtype)
 
     def _listed(self, pack: Pack, ledger: Ledger) -> list[tuple[int, int]]:
         if not ledger.entries:
