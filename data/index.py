@@ -90,7 +90,8 @@ class ShardIndex:
         """Writes the index as an .npz without pickle, atomically and with the same bytes for the same shard."""
         buffer = io.BytesIO()
         header = np.frombuffer(json.dumps(self.header, sort_keys=True).encode(), dtype=np.uint8)
-        np.savez(buffer, header=header, **self.arrays())
+        arrays: dict[str, Any] = self.arrays()
+        np.savez(buffer, header=header, **arrays)
         write_atomic(path, buffer.getvalue())
 
     def arrays(self) -> dict[str, np.ndarray]:

@@ -254,7 +254,7 @@ class Stream:
         targets = per_modality.copy()
         # A document's first token (bos, which counts as text) is nobody's target, and neither is a slot.
         targets[0] -= sum(len(pack.samples) for pack in plan.packs)
-        latents = sum((self._latents(pack) for pack in plan.packs), np.zeros_like(targets))
+        latents = np.sum([self._latents(pack) for pack in plan.packs], axis=0)
         targets -= latents
         by_source = np.zeros(len(self._splits), dtype=np.int64)
         np.add.at(by_source, [pack.source for pack in plan.packs], counts.sum(axis=1))
@@ -376,7 +376,9 @@ class Stream:
     def _latents(self, pack: Pack) -> np.ndarray:
         """int64 [M]: the planned latents of a pack by modality."""
         rows = self._splits[pack.source].latent_rows
-        return rows.latent_counts[pack.samples].sum(axis=0) if rows is not None else np.int64(0)
+        if rows is None:
+            return np.zeros(len(self._modalities), dtype=np.int64)
+        return rows.latent_counts[pack.samples].sum(axis=0)
 
     def _room_for_latents(self) -> Slots | None:
         """How latents go into batches: the same shape in every step of the run; None where all is discrete."""
