@@ -106,6 +106,13 @@ def index(
 @click.option(
     "--voice-model", default="", help="Folder of a pretrained Mimi or EnCodec, instead of a codec trained here."
 )
+@click.option("--image-model", default="", help="Folder of an AutoencoderKL (latents) or Chameleon (codes).")
+@click.option("--image-side", type=click.IntRange(min=1), default=32, show_default=True, help="Pixels of a picture.")
+@click.option("--latent-dtype", type=click.Choice(["bfloat16", "float16"]), default="bfloat16", show_default=True)
+@click.option("--bytes", "byte_files", multiple=True, metavar=".EXT", help="Files of this ending are byte streams.")
+@click.option("--series-bins", type=click.IntRange(min=2), default=1024, show_default=True, help="For columns of .csv.")
+@click.option("--series-law", type=click.Choice(["mu", "uniform"]), default="mu", show_default=True)
+@click.option("--series-range", type=float, nargs=2, help="Bins from low to high; default: what the files span.")
 @click.option("--shard-mb", type=click.FloatRange(min=0, min_open=True), default=64.0, show_default=True)
 def encode(
     source: Path,
@@ -120,9 +127,11 @@ def encode(
     image_codes: int,
     voice_model: str,
     shard_mb: float,
+    **kinds: Any,
 ) -> None:
-    """Make a data set of a folder of files: texts, .jsonl, pictures and .wav, captions in NAME.txt beside them.
+    """Make a data set of a folder of files: texts, .jsonl, pictures, .wav, .csv of numbers, byte files, latents.
 
+    NAME.txt beside NAME.png (.wav, .csv, …) is its caption. Latents are .safetensors: one tensor `latents` [n, width].
     Cut off or killed, the same command goes on; a job array gives every member its --worker and all the same
     --workers. Without --like or --tokenizer, tokenizer and codecs are trained on the folder first.
     """
@@ -139,6 +148,7 @@ def encode(
         text_vocab=text_vocab,
         image_codes=image_codes,
         voice_model=voice_model,
+        **kinds,
     )
     started, documents, tokens = time.perf_counter(), 0, 0
     work = encode_folder(source, out, config, like=like, tokenizer=tokenizer, workers=workers, worker=worker)

@@ -160,11 +160,7 @@ class Stream:
     ) -> None:
         if not 0 <= dp_rank < dp_size:
             raise DataError(f"dp_rank must lie in 0..{dp_size - 1}, got {dp_rank}")
-        if config.global_batch % (dp_size * config.micro_batch):
-            raise DataError(
-                f"global_batch {config.global_batch} is no multiple of data-parallel ranks {dp_size} x micro_batch "
-                f"{config.micro_batch} = {dp_size * config.micro_batch}"
-            )
+        check_divides(config, dp_size)
         self.dataset, self.config, self.group, self.model_group = dataset, config, group, model_group
         self.dp_rank, self.dp_size = dp_rank, dp_size
         self._modalities = dataset.vocabulary.modalities
@@ -249,6 +245,7 @@ class Stream:
         listed = [at for pack in plan.packs for at in self._listed(pack, ledger)]
         masked = sum(int(self._splits[source].lengths[sample]) for source, sample in listed)
         ledger.check_share(self._step, masked, int(per_modality.sum()))
+        ledger = ledger.with_masked(self._step, masked, self.config.global_batch * self.config.seq_len)
         if listed:
             self._mask(plan, found.rows, ledger)
         targets = per_modality.copy()
@@ -302,6 +299,7 @@ class Stream:
             "order_digest": self._digest,
             "ledger": [list(entry) for entry in sorted(self._ledger.entries.values())],
             "streak": self._ledger.streak,
+            "masked": [list(pair) for pair in self._ledger.masked],
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -326,7 +324,11 @@ class Stream:
             step = int(state["step"])
             tokens = np.array([int(state["tokens"][name]) for name in self._modalities], dtype=np.int64)
             ledger = Ledger(
-                self.config.quarantine, self.planner.mix.names, state["ledger"], int(state.get("streak", 0))
+                self.config.quarantine,
+                self.planner.mix.names,
+                state["ledger"],
+                int(state.get("streak", 0)),
+                state.get("masked", ()),
             )
         except (TypeError, ValueError, KeyError, IndexError) as error:
             raise DataError(f"the data state is malformed ({error!r})") from error
@@ -409,6 +411,24 @@ class Stream:
 
     def _named(self, counts: np.ndarray) -> dict[str, int]:
         return dict(zip(self._modalities, counts.tolist(), strict=True))
+
+
+def check_divides(config: StreamConfig, dp_size: int) -> None:
+    """DataError, with the nearest numbers that work, unless global_batch is a multiple of ranks x micro_batch."""
+    batch, micro, unit = config.global_batch, config.micro_batch, dp_size * config.micro_batch
+    if batch % unit == 0:
+        return
+    below = batch // unit * unit
+    accepted = [f"global_batch {' or '.join(str(n) for n in (below, below + unit) if n)}"]
+    smaller = [m for m in range(1, micro) if batch % (dp_size * m) == 0]
+    accepted += [f"micro_batch {smaller[-1]}"] if smaller else []
+    ranks = [r for r in range(1, batch // micro + 1) if batch % (r * micro) == 0]
+    near = sorted(sorted(ranks, key=lambda r: abs(r - dp_size))[:2])
+    accepted += [f"{' or '.join(map(str, near))} ranks"] if near else []
+    raise DataError(
+        f"global_batch {batch} is no multiple of data-parallel ranks {dp_size} x micro_batch {micro} = {unit}; "
+        f"accepted nearest to it: {', '.join(accepted)}"
+    )
 
 
 Opened = dict[str, tuple[Dataset | MockDataset, str]]

@@ -48,6 +48,12 @@ def open_data(config: RunConfig) -> Dataset | mock.MockDataset:
     if config.data.path == mock.PATH:
         return mock.MockDataset(config.model.modalities, config.model.vocab_size, config.data.seq_len)
     dataset = Dataset.open(config.data.path)
+    if dataset.latent_format is not None:
+        raise ConfigError(
+            f"data.path: {config.data.path} holds continuous latents ({', '.join(dataset.latent_format.modalities)}, "
+            f"{dataset.latent_format.width} x {dataset.latent_format.dtype}), and this version's models have no head "
+            "for them; accepted: data sets of discrete codes alone"
+        )
     if tuple(dataset.vocabulary.modalities) != tuple(config.model.modalities):
         raise ConfigError(
             f"model.modalities: {list(config.model.modalities)}, but {config.data.path} holds "
