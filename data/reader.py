@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
-from torch.utils.data import DataLoader
 
 from .batch import Batch, Slots, add_latents, collate
 from .errors import BadSampleError, DataError
@@ -212,6 +211,8 @@ class Ahead:
                 self._planned.append(plan)
                 here = plan.after
                 yield self.cut(plan)
+
+        from torch.utils.data import DataLoader
 
         # A fork of a process that has threads (collectives, CUDA) can hang: the server forks before there are any.
         context = multiprocessing.get_context("forkserver")

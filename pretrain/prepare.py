@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 
+import torch.distributed as dist
+
 from ..checkpoints.manifest import newest_checkpoint, step_of
 from ..data import mock
 from ..data.dataset import Dataset
@@ -65,6 +67,23 @@ def open_data(config: RunConfig) -> Dataset | mock.MockDataset:
             f"{dataset.vocabulary.used} ids"
         )
     return dataset
+
+
+def open_stream(config: RunConfig, dataset: Dataset | mock.MockDataset, dp_rank: int, dp_size: int) -> Stream:
+    """The stream of this rank; called on every rank.
+
+    All ranks agree on quarantined samples. One rank of each data-parallel coordinate reads, and sends to its
+    model-parallel peers through host memory: a GPU has no part in it.
+    """
+    world = dist.get_world_size()
+    if world == 1:
+        return Stream(dataset, config.data, dp_rank=0, dp_size=1)
+    coordinates: list[int] = [0] * world
+    dist.all_gather_object(coordinates, dp_rank)
+    peers = [rank for rank, coordinate in enumerate(coordinates) if coordinate == dp_rank]
+    # Only the members of a group make it: thousands of ranks need not enter thousands of groups.
+    group = dist.new_group(peers, backend="gloo", use_local_synchronization=True) if len(peers) > 1 else None
+    return Stream(dataset, config.data, dp_rank=dp_rank, dp_size=dp_size, group=dist.group.WORLD, model_group=group)
 
 
 def check_all(config: RunConfig, world_size: int) -> None:

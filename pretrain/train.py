@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 from ..checkpoints.manifest import newest_checkpoint
 from ..checkpoints.sharded import load_checkpoint, save_checkpoint
-from ..data.stream import Step, Stream
+from ..data.stream import Step
 from ..parallel.engines.base import Engine
 from ..parallel.engines.fsdp import FSDPEngine, build_model
 from ..parallel.kinds.moe import MoE
@@ -28,7 +28,7 @@ from .errors import DivergenceError
 from .meter.tracker import Tracker, plot_losses
 from .objectives.next_token import next_token
 from .optim import build_optimizer
-from .prepare import check_run, open_data, prepare_folder
+from .prepare import check_run, open_data, open_stream, prepare_folder
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -41,8 +41,7 @@ def train(config: RunConfig) -> None:
         preload()
     check_run(config, dist.get_world_size())
     dataset = open_data(config)
-    world = dist.group.WORLD if dist.get_world_size() > 1 else None  # ranks agree on quarantined samples
-    stream = Stream(dataset, config.data, dp_rank=mesh.dp_rank, dp_size=mesh.dp_size, group=world)
+    stream = open_stream(config, dataset, mesh.dp_rank, mesh.dp_size)
     engine = build_engine(config, mesh)
 
     first = 0

@@ -289,6 +289,9 @@ def _rank(folder: str, config: StreamConfig) -> Any:
 
 @pytest.mark.parametrize("limit", [40, 3])
 def test_four_processes_agree_about_bad_samples(damaged: Callable[..., Path], config: StreamConfig, limit: int) -> None:
+    """webdataset #188, #225, #250 and lhotse #1098: ranks whose shards run out hang the others.
+
+    Here four ranks take 30 steps, many epochs, over an uneven number of samples, and also agree on the bad ones."""
     copy = damaged("heldout-00000.tar")
     corrupt(copy, list(range(0, 40, 7)))
     config = replace(config, quarantine=QuarantineConfig(limit, 1.0, 40, max_window_share=1.0))

@@ -178,6 +178,8 @@ def test_without_room_for_a_shard_samples_are_read_by_range(
     ):
         split.tokens(5)
     store.faults.clear()
+    if how == "no cache":
+        return
     # A copy that somebody has brought is used.
     RemoteFolder("s3://bucket/data").fetch(SHARD)
     store.gets.clear()
