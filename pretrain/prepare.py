@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from datetime import timedelta
 
 import torch.distributed as dist
 
@@ -82,7 +83,9 @@ def open_stream(config: RunConfig, dataset: Dataset | mock.MockDataset, dp_rank:
     dist.all_gather_object(coordinates, dp_rank)
     peers = [rank for rank, coordinate in enumerate(coordinates) if coordinate == dp_rank]
     # Only the members of a group make it: thousands of ranks need not enter thousands of groups.
-    group = dist.new_group(peers, backend="gloo", use_local_synchronization=True) if len(peers) > 1 else None
+    timeout = timedelta(seconds=config.train.timeout)
+    alone = len(peers) == 1
+    group = None if alone else dist.new_group(peers, timeout, "gloo", use_local_synchronization=True)
     return Stream(dataset, config.data, dp_rank=dp_rank, dp_size=dp_size, group=dist.group.WORLD, model_group=group)
 
 
