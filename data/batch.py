@@ -11,15 +11,6 @@ import torch
 from .errors import DataError
 
 Batch = dict[str, torch.Tensor]
-# What each pipeline stage needs: the metadata on all of them, the rest at one end.
-EVERYWHERE = ("modality_ids", "doc_ids", "position_ids", "cu_seqlens")
-
-
-def stage_fields(*, first: bool, last: bool) -> tuple[str, ...]:
-    """Names of the batch's fields that a pipeline stage needs: inputs at the first, targets and weights at the last."""
-    ends = (("tokens", "latents", "latent_pos") if first else ()) + (("labels", "loss_weight") if last else ())
-    ends += (("latent_weight",) if first else ("latents", "latent_pos", "latent_weight")) if last else ()
-    return (*ends, *EVERYWHERE)
 
 
 def weight_vector(modalities: Sequence[str], weights: Mapping[str, float]) -> np.ndarray:

@@ -18,7 +18,6 @@ from hypothesis import strategies as st
 from safetensors.torch import load, save_file
 
 from polylepis.data.adopt import save_meaning
-from polylepis.data.batch import EVERYWHERE, stage_fields
 from polylepis.data.codecs import ByteCodec, Codec, GivenLatents
 from polylepis.data.commands import data
 from polylepis.data.compose import Composer
@@ -351,12 +350,3 @@ def test_a_folder_of_latents_becomes_a_data_set(tmp_path: Path) -> None:
     save_file({"latents": torch.randn(5, 7)}, source / "q.safetensors")
     with pytest.raises(DataError, match=r"q\.safetensors: latents are float \[n, 4\], got float32 \(5, 7\)"):
         list(encode_folder(source, tmp_path / "other", EncodeConfig(text_vocab=300)))
-
-
-def test_every_pipeline_stage_gets_what_it_needs() -> None:
-    first, middle, last = (stage_fields(first=f, last=l) for f, l in ((True, False), (False, False), (False, True)))
-    assert set(middle) == set(EVERYWHERE)
-    assert set(first) - set(middle) == {"tokens", "latents", "latent_pos"}
-    assert set(last) - set(middle) == {"labels", "loss_weight", "latents", "latent_pos", "latent_weight"}
-    both = stage_fields(first=True, last=True)
-    assert set(both) == {*first, *last} and len(both) == len(set(both))
