@@ -301,13 +301,21 @@ def simulate(
 @click.option("--samples", type=click.IntRange(min=1), default=20_000, show_default=True, help="Read by each reader.")
 @click.option("--position", type=click.IntRange(min=0), default=15_000, show_default=True, help="Where to resume.")
 @click.option("--resident", type=click.IntRange(min=1), default=100_000, show_default=True, help="Memory is watched.")
+@click.option("--python", metavar="PATH", help="An interpreter that has the other readers' packages.")
 @click.option("--json", "as_json", is_flag=True, help="One line of JSON.")
-def bench(path: Path, split: str, samples: int, position: int, resident: int, as_json: bool) -> None:
-    """Measure reading here, side by side with webdataset: rates, resume, planning, memory."""
+def bench(
+    path: Path, split: str, samples: int, position: int, resident: int, python: str | None, as_json: bool
+) -> None:
+    """Measure reading here, side by side with webdataset and other readers: rates, resume, planning, memory.
+
+    litdata, mosaicml-streaming and megatron-energon are measured where this Python, or that of --python, has them.
+    """
     import json
+    import sys
 
     from .bench import bench as run
     from .bench import report
 
-    result = run(path, split=split, samples=samples, position=position, resident=resident)
+    counts = {"samples": samples, "position": position, "resident": resident}
+    result = run(path, split=split, python=python or sys.executable, **counts)
     click.echo(json.dumps(result) if as_json else report(result))
