@@ -114,11 +114,11 @@ def test_real_time_limits(slurm: Slurm, tmp_path: Path, monkeypatch: pytest.Monk
 
 def train_to(config: RunConfig, steps: int) -> None:
     """The first `steps` steps of the run, stopped as a person would."""
-    from polylepis.pretrain import train as module
+    from polylepis.pretrain import prepare as module
     from polylepis.pretrain.preempt import Stop, request_stop
 
     class Asking(module.Stream):
-        def next(self) -> module.Step:
+        def next(self) -> Any:
             found = super().next()
             if found.index + 1 >= steps:
                 request_stop(config.path, Stop.END)

@@ -9,6 +9,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ import torch.distributed as dist
 
 from polylepis.checkpoints.manifest import newest_checkpoint, step_of
 from polylepis.checkpoints.sharded import read_tensors
-from polylepis.pretrain import train as module
+from polylepis.pretrain import prepare as module
 from polylepis.pretrain.config import RunConfig, load_config
 from polylepis.pretrain.preempt import Preemption, Stop, clear_requests, read_outcome, request_stop
 from polylepis.pretrain.shrink import shrink
@@ -39,7 +40,7 @@ def train_and_ask(config: RunConfig, rank: int, step: int, how: str) -> int:
     """Train; before step `step` (from 1), `rank` is asked to stop. The last step trained."""
 
     class Asking(module.Stream):
-        def next(self) -> module.Step:
+        def next(self) -> Any:
             if self.position_step == step - 1 and dist.get_rank() == rank:
                 if how == "marker":
                     request_stop(config.path, Stop.END)
