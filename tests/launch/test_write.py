@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import json
+import os
+import re
+import shlex
 import shutil
 import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
+import click
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from polylepis.launch.cli import main
+from polylepis.launch.cli import cli, main
 from polylepis.launch.errors import LaunchError
 from polylepis.launch.render import Places, render
 from polylepis.launch.request import Request, parse_sbatch, parse_time, plan_environment
@@ -51,8 +56,6 @@ def test_examples_are_what_the_tool_writes(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Set POLYLEPIS_WRITE_EXAMPLES=1 to write them anew."""
-    import os
-
     monkeypatch.chdir(tmp_path)
     assert main(["launch", *CASES[name], *SETUP]) == 0
     script = Path(capsys.readouterr().out.strip())
@@ -64,6 +67,22 @@ def test_examples_are_what_the_tool_writes(
 
 def test_every_example_is_tested() -> None:
     assert sorted(path.name for path in EXAMPLES.iterdir()) == sorted(CASES)
+
+
+def documented() -> list[str]:
+    text = (PACKAGE / "docs" / "launch.md").read_text()
+    return [line for block in re.findall(r"```console\n(.*?)```", text, flags=re.DOTALL) for line in block.splitlines()]
+
+
+@pytest.mark.parametrize("line", documented())
+def test_documented_commands_exist(line: str) -> None:
+    words = shlex.split(line)[1:]
+    context, command = click.Context(cli, info_name="polylepis"), cli
+    while isinstance(command, click.Group):
+        name, found, words = command.resolve_command(context, words)
+        assert found is not None, line
+        context, command = click.Context(found, parent=context, info_name=name), found  # type: ignore[assignment]
+    command.make_context(str(context.info_name), words, parent=context.parent)  # parses, runs nothing
 
 
 def tiny(folder: str = "runs/tiny") -> str:
@@ -83,9 +102,6 @@ def test_the_snapshot_is_the_code_and_the_configuration(tmp_path: Path, monkeypa
         "import polylepis.pretrain.config as c, polylepis.launch.snapshot as s;"
         "c.load_config('quickstart'); print(c.__file__, s.code_hash())"
     )
-    import os
-    import sys
-
     environment = os.environ | {"PYTHONPATH": str((folder / "code").absolute()), "PYTHONSAFEPATH": "1"}
     said = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     file, digest = said.stdout.split()
