@@ -19,7 +19,7 @@ from ..linear import packed_linear
 from ..mesh import Mesh
 from ..parts import Init, Part, local
 from ..routing import Route, route
-from .base import HFKey, Kind, Mixer, NewTokens, Shape, flat, squared_relu
+from .base import HFKey, Kind, Load, Mixer, NewTokens, Shape, Work, flat, squared_relu
 
 
 @dataclass(frozen=True)
@@ -133,6 +133,21 @@ def flops(config: MoEConfig, shape: Shape, mean_keys: float) -> float:
     return float(2 * shape.d_model * config.n_experts + 4 * shape.d_model * width)
 
 
+def work(config: MoEConfig, shape: Shape, load: Load) -> Work:
+    width = (load.busiest * config.top_k * config.d_ff + config.d_ff_shared) / load.tp
+    return Work(load.tokens * 2 * shape.d_model * (config.n_experts + 2 * width))
+
+
+def saved(config: MoEConfig, shape: Shape, load: Load) -> float:
+    """Input, router scores, dispatched rows and the experts' inner and outer activations."""
+    d, wide, top_k = shape.d_model, load.wide, load.busiest * config.top_k
+    router = wide * (config.n_experts + 2 * config.top_k + 1) + 8 * config.top_k * 3
+    if load.itemsize < wide:
+        router += wide * d
+    experts = top_k * (2 * d + 2 * config.d_ff / load.tp)
+    return load.tokens * (router + load.itemsize * (d + experts + 2 * config.d_ff_shared / load.tp))
+
+
 def hf_keys(config: MoEConfig) -> tuple[HFKey, ...]:
     """NemotronH's names on disk: one tensor per expert."""
     return (
@@ -144,4 +159,4 @@ def hf_keys(config: MoEConfig) -> tuple[HFKey, ...]:
     )
 
 
-KIND = Kind("E", "mixture of experts", "moe", MoE, parts, check, flops, hf_keys)
+KIND = Kind("E", "mixture of experts", "moe", MoE, parts, check, flops, hf_keys, work, saved)
