@@ -145,7 +145,8 @@ def work(config: AttentionConfig, shape: Shape, load: Load) -> Work:
     q, kv = config.n_heads * config.head_dim // load.tp, config.n_kv_heads * config.head_dim // load.tp
     keys = load.mean_keys if load.kernels == "triton" else 2 * load.mean_keys - 1
     mixing = 4 * load.tokens * keys * q
-    return Work(load.tokens * 2 * shape.d_model * (2 * q + 2 * kv), mixing, 2.5 * mixing)
+    product = load.tokens * 2 * shape.d_model
+    return Work(product * (2 * q + 2 * kv), product * q, mixing, 2.5 * mixing)
 
 
 def saved(config: AttentionConfig, shape: Shape, load: Load) -> float:
@@ -159,8 +160,15 @@ def saved(config: AttentionConfig, shape: Shape, load: Load) -> float:
     return load.tokens * token + load.itemsize * (q + 2 * kv) * shape.d_model
 
 
+def kept(config: AttentionConfig, shape: Shape, load: Load) -> float:
+    """The projections of q, k and v where they widen; the attention's output and log-sum-exp."""
+    q, kv = config.n_heads * config.head_dim // load.tp, config.n_kv_heads * config.head_dim // load.tp
+    token = load.itemsize * (q + (q + 2 * kv if q + 2 * kv > shape.d_model else 0))
+    return load.tokens * (token + 4 * config.n_heads // load.tp)
+
+
 def hf_keys(config: AttentionConfig) -> tuple[HFKey, ...]:
     return tuple(HFKey(f"{n}_proj.weight", (f"{n}_proj.weight",)) for n in "qkvo")
 
 
-KIND = Kind("*", "attention", "attention", Attention, parts, check, flops, hf_keys, work, saved)
+KIND = Kind("*", "attention", "attention", Attention, parts, check, flops, hf_keys, work, saved, kept)

@@ -128,11 +128,13 @@ class Work:
     Attributes:
         weights: forward products with weights; the backward of the inputs takes as many again, and so does that of
             the weights.
+        last: of `weights`, the layer's last product, which recompute does not repeat.
         mixing, mixing_backward: products among activations (scan, attention), whole tiles as the operators work them
             off, what their backward computes again included.
     """
 
     weights: float
+    last: float
     mixing: float = 0.0
     mixing_backward: float = 0.0
 
@@ -164,6 +166,7 @@ class Kind:
         work: matrix products that a rank executes.
         saved: bytes that the mixer keeps for backward per micro-batch and rank, weights that were packed for one GEMM
             among them, parameters not.
+        kept: of that, what `selective` recompute keeps besides the layer's input (`recompute.KEPT`).
     """
 
     symbol: str
@@ -176,6 +179,7 @@ class Kind:
     hf_keys: Callable[[Any], tuple[HFKey, ...]]
     work: Callable[[Any, Shape, Load], Work]
     saved: Callable[[Any, Shape, Load], float]
+    kept: Callable[[Any, Shape, Load], float]
 
 
 def flat(x_bsD: Tensor) -> Tensor:

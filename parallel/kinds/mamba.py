@@ -107,6 +107,14 @@ def parts(config: MambaConfig, shape: Shape) -> dict[str, Part]:
     return result
 
 
+def placed(config: MambaConfig, parts: Mapping[str, Part], tp: int) -> dict[str, Part]:
+    """The parts as they lie over tp: those of B and C are replicated where ranks share a group."""
+    if config.n_groups % tp == 0:
+        return dict(parts)
+    shared = ("in_proj.B.weight", "in_proj.C.weight", *(f"conv.{p}.{w}" for p in "BC" for w in ("weight", "bias")))
+    return {n: replace(part, tp_dim=None) if n in shared else part for n, part in parts.items()}
+
+
 class Mamba(Mixer):
     """x, B, C through a causal convolution, SSD with this rank's heads and groups, gate, grouped RMSNorm, out.
 
@@ -118,14 +126,7 @@ class Mamba(Mixer):
 
     def __init__(self, config: MambaConfig, shape: Shape, mesh: Mesh, parts: Mapping[str, Part]) -> None:
         self.spans_ranks = config.n_groups % mesh.tp_size != 0
-        if self.spans_ranks:
-            shared = (
-                "in_proj.B.weight",
-                "in_proj.C.weight",
-                *(f"conv.{p}.{w}" for p in "BC" for w in ("weight", "bias")),
-            )
-            parts = {n: replace(part, tp_dim=None) if n in shared else part for n, part in parts.items()}
-        super().__init__(config, shape, mesh, parts)
+        super().__init__(config, shape, mesh, placed(config, parts, mesh.tp_size))
         self.n_heads = config.n_heads(shape) // mesh.tp_size
         self.n_groups = 1 if self.spans_ranks else config.n_groups // mesh.tp_size
 
@@ -261,7 +262,8 @@ def work(config: MambaConfig, shape: Shape, load: Load) -> Work:
     backward = 2 * (chunk * (3 * bc + 2 * inner + heads) + 4 * states)
     if load.cp > 1:  # what the entering state adds to y
         mixing, backward = mixing + 2 * states, backward + 4 * states
-    return Work(load.tokens * weights, load.tokens * mixing, load.tokens * backward)
+    T = load.tokens
+    return Work(T * weights, T * 2 * inner * shape.d_model, T * mixing, T * backward)
 
 
 def _chunk(config: MambaConfig, tokens: int) -> int:
@@ -303,6 +305,17 @@ def saved(config: MambaConfig, shape: Shape, load: Load) -> float:
     return T * token + fixed + a * weights
 
 
+def kept(config: MambaConfig, shape: Shape, load: Load) -> float:
+    """Shared in-projections that widen, and the scan where it is an operator (Triton)."""
+    inner, bc, heads = _local_widths(config, shape, load.tp)
+    widths = {"z": inner, "x": inner, "B": bc, "C": bc, "dt": heads}
+    shared = sum(width for p, width in widths.items() if p not in config.routed)
+    token = load.itemsize * (shared if shared > shape.d_model else 0)
+    if load.kernels == "torch":
+        return load.tokens * token
+    return load.tokens * (token + load.itemsize * inner + 8 * heads) + 4 * inner * config.d_state
+
+
 def hf_keys(config: MambaConfig) -> tuple[HFKey, ...]:
     return (
         HFKey("in_proj.weight", tuple(f"in_proj.{p}.weight" for p in PROJECTIONS)),
@@ -316,4 +329,4 @@ def hf_keys(config: MambaConfig) -> tuple[HFKey, ...]:
     )
 
 
-KIND = Kind("M", "Mamba-2", "mamba", Mamba, parts, check, flops, hf_keys, work, saved)
+KIND = Kind("M", "Mamba-2", "mamba", Mamba, parts, check, flops, hf_keys, work, saved, kept)

@@ -72,7 +72,8 @@ def flops(config: MLPConfig, shape: Shape, mean_keys: float) -> float:
 
 
 def work(config: MLPConfig, shape: Shape, load: Load) -> Work:
-    return Work(load.tokens * flops(config, shape, load.mean_keys) / load.tp)
+    weights = load.tokens * flops(config, shape, load.mean_keys) / load.tp
+    return Work(weights, weights / (3 if config.activation == "swiglu" else 2))
 
 
 def saved(config: MLPConfig, shape: Shape, load: Load) -> float:
@@ -82,9 +83,15 @@ def saved(config: MLPConfig, shape: Shape, load: Load) -> float:
     return load.itemsize * (load.tokens * (shape.d_model + inner * width) + packed)
 
 
+def kept(config: MLPConfig, shape: Shape, load: Load) -> float:
+    """What the up-projection (and gate) gives, where it widens."""
+    width = config.d_ff // load.tp * (2 if config.activation == "swiglu" else 1)
+    return load.itemsize * load.tokens * width if width > shape.d_model else 0.0
+
+
 def hf_keys(config: MLPConfig) -> tuple[HFKey, ...]:
     names = ("gate", "up", "down") if config.activation == "swiglu" else ("up", "down")
     return tuple(HFKey(f"{name}_proj.weight", (f"{name}_proj.weight",)) for name in names)
 
 
-KIND = Kind("-", "MLP", "mlp", MLP, parts, check, flops, hf_keys, work, saved)
+KIND = Kind("-", "MLP", "mlp", MLP, parts, check, flops, hf_keys, work, saved, kept)

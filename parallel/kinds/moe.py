@@ -136,7 +136,8 @@ def flops(config: MoEConfig, shape: Shape, mean_keys: float) -> float:
 
 def work(config: MoEConfig, shape: Shape, load: Load) -> Work:
     width = (load.busiest * config.top_k * config.d_ff + config.d_ff_shared) / load.tp
-    return Work(load.tokens * 2 * shape.d_model * (config.n_experts + 2 * width))
+    product = load.tokens * 2 * shape.d_model
+    return Work(product * (config.n_experts + 2 * width), product * config.d_ff_shared / load.tp)
 
 
 def saved(config: MoEConfig, shape: Shape, load: Load) -> float:
@@ -147,6 +148,13 @@ def saved(config: MoEConfig, shape: Shape, load: Load) -> float:
         router += wide * d
     experts = top_k * (2 * d + 2 * config.d_ff / load.tp)
     return load.tokens * (router + load.itemsize * (d + experts + 2 * config.d_ff_shared / load.tp))
+
+
+def kept(config: MoEConfig, shape: Shape, load: Load) -> float:
+    """Products that widen: the shared expert's up-projection, perhaps the router; routed ones are computed again."""
+    router = load.wide * config.n_experts if config.n_experts > shape.d_model else 0
+    width = config.d_ff_shared // load.tp
+    return load.tokens * (router + (load.itemsize * width if width > shape.d_model else 0))
 
 
 def hf_keys(config: MoEConfig) -> tuple[HFKey, ...]:
@@ -160,4 +168,4 @@ def hf_keys(config: MoEConfig) -> tuple[HFKey, ...]:
     )
 
 
-KIND = Kind("E", "mixture of experts", "moe", MoE, parts, check, flops, hf_keys, work, saved)
+KIND = Kind("E", "mixture of experts", "moe", MoE, parts, check, flops, hf_keys, work, saved, kept)

@@ -1,7 +1,7 @@
 """What the planner assumes of a GPU and its links, where nothing has been measured.
 
-Peaks, memory sizes and bandwidths are those of the vendor's data sheets as remembered (dense rates, no sparsity); usable
-memory is what the driver reports. The shares that are reached in practice (`matmul`, `mixing`, `stream`, `link`) are
+Peaks, memory sizes and bandwidths are those of the vendor's data sheets as remembered (dense rates, no sparsity);
+usable memory is what the driver reports. The shares that are reached in practice (matmul, mixing, stream, link) are
 assumptions, stated in docs/planning.md: `polylepis bench layers` replaces them by measurements.
 """
 

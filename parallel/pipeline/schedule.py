@@ -13,9 +13,11 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import NamedTuple
 
 from ..errors import PlanError
+from .config import CHUNKS, V_SHAPED, PipelineConfig
 
 
 class Op(NamedTuple):
@@ -42,7 +44,7 @@ class Schedule:
     """A table and where its stages live.
 
     Attributes:
-        name: `1f1b`, `interleaved`, `zb1p`, `zbv`, `dualpipev` or `dualpipe`.
+        name: `gpipe`, `1f1b`, `interleaved`, `zb1p`, `zbv`, `dualpipev` or `dualpipe`.
         n_ranks, chunks, n_micro_batches: pipeline ranks, stages on each, micro-batches of a step.
         table: for each rank its operations in order.
     """
@@ -74,61 +76,36 @@ def stage_rank(name: str, stage: int, n_ranks: int) -> int:
     return n_ranks - 1 - place if name in V_SHAPED and lap % 2 else place
 
 
-def stages_of(name: str, rank: int, n_ranks: int, chunks: int) -> tuple[int, ...]:
-    """The stages of a rank, ascending."""
-    return tuple(s for s in range(n_ranks * chunks) if stage_rank(name, s, n_ranks) == rank)
+# Simulated only, besides what runs: the stages per rank that they take.
+SIMULATED = MappingProxyType({"zb1p": (1, 64), "dualpipe": (2, 2)})
+SCHEDULES = (*CHUNKS, *SIMULATED)
 
 
-V_SHAPED = ("zbv", "dualpipev")
-SPLIT_BACKWARD = ("zb1p", "zbv", "dualpipev", "dualpipe")  # separate I and W; need unsharded parameters all step
-MINIMUM_CHUNKS = {"1f1b": (1, 1), "interleaved": (2, 64), "zb1p": (1, 64), "zbv": (2, 2), "dualpipev": (2, 2)}
-SCHEDULES = (*MINIMUM_CHUNKS, "dualpipe")
-
-
-def least_micro_batches(name: str, n_ranks: int) -> int:
-    """Micro-batches per step that a schedule needs at least."""
-    return {"1f1b": n_ranks, "dualpipev": 2 * n_ranks, "dualpipe": 2 * n_ranks}.get(name, 1)
-
-
-def check_micro_batches(name: str, n_ranks: int, n_micro_batches: int) -> None:
-    """Refuse numbers of micro-batches that a schedule cannot order.
+def check_schedule(name: str, n_ranks: int, n_micro_batches: int, chunks: int) -> None:
+    """Refuse unknown names, and numbers that a schedule does not take.
 
     Raises:
-        PlanError: with the nearest number that it takes.
-    """
-    least = least_micro_batches(name, n_ranks)
-    if n_micro_batches < max(1, least):
-        raise PlanError(
-            f"pipeline: {name} over pp {n_ranks} needs at least {max(1, least)} micro-batches per step and rank, not "
-            f"{n_micro_batches}; raise data.global_batch or lower data.micro_batch, dp or pp"
-        )
-    if name in ("interleaved", "zb1p"):
-        rounds = max(1, n_micro_batches // n_ranks)
-        if n_micro_batches % rounds:
-            fits = [m for m in range(1, 2 * n_micro_batches) if m % max(1, m // n_ranks) == 0]
-            nearest = min(fits, key=lambda m: abs(m - n_micro_batches))
-            raise PlanError(
-                f"pipeline: {name} over pp {n_ranks} takes {n_micro_batches} micro-batches in {rounds} rounds, which "
-                f"does not divide; the nearest number that does is {nearest}"
-            )
-    if name == "dualpipe" and (n_micro_batches % 2 or n_ranks % 2):
-        raise PlanError(f"pipeline: dualpipe needs even pp and micro-batches, not {n_ranks} and {n_micro_batches}")
-
-
-def check_schedule(name: str, chunks: int) -> None:
-    """Refuse unknown names and numbers of chunks.
-
-    Raises:
-        PlanError: names the nearest schedule, or the chunks that it takes.
+        PlanError: names the nearest schedule or number.
     """
     if name not in SCHEDULES:
         near = difflib.get_close_matches(name, SCHEDULES, n=1, cutoff=0.3)
         hint = f"; nearest is {near[0]}" if near else ""
         raise PlanError(f"pipeline.schedule: unknown {name!r}{hint}; accepted: {', '.join(SCHEDULES)}")
-    low, high = MINIMUM_CHUNKS.get(name, (2, 2))
-    if not low <= chunks <= high:
-        takes = f"{low} chunks" if low == high else f"{low} to {high} chunks"
-        raise PlanError(f"pipeline.chunks: {name} takes {takes} per rank, not {chunks}")
+    if n_ranks < 1 or n_micro_batches < 1:
+        raise PlanError(f"pipeline: pp {n_ranks} and {n_micro_batches} micro-batches must both be at least 1")
+    if name in CHUNKS:
+        config = PipelineConfig(schedule=name, chunks=chunks)  # type: ignore[arg-type]
+        if config.chunks_per_rank:  # refuses a wrong number
+            config.check_micro_batches(n_micro_batches, n_ranks)
+    elif name == "zb1p":
+        rounds = max(1, n_micro_batches // n_ranks)
+        if n_micro_batches % rounds:
+            raise PlanError(f"pipeline: zb1p cannot take {n_micro_batches} micro-batches in {rounds} equal rounds")
+    elif n_micro_batches % 2 or n_ranks % 2 or n_micro_batches < 2 * n_ranks or chunks != 2:
+        raise PlanError(
+            f"pipeline: dualpipe needs 2 chunks, an even pp and an even number of at least 2·pp micro-batches, not "
+            f"{chunks}, {n_ranks} and {n_micro_batches}"
+        )
 
 
 def build_schedule(name: str, n_ranks: int, n_micro_batches: int, chunks: int = 1) -> Schedule:
@@ -142,10 +119,7 @@ def build_schedule(name: str, n_ranks: int, n_micro_batches: int, chunks: int = 
     Raises:
         PlanError: an unknown schedule, or numbers that it does not take.
     """
-    check_schedule(name, chunks)
-    if n_ranks < 1:
-        raise PlanError(f"pipeline: pp {n_ranks} must be at least 1")
-    check_micro_batches(name, n_ranks, n_micro_batches)
+    check_schedule(name, n_ranks, n_micro_batches, chunks)
     if name == "zbv":
         rows = [_zbv(rank, n_ranks, n_micro_batches) for rank in range(n_ranks)]
     elif name in ("dualpipev", "dualpipe"):
@@ -169,10 +143,14 @@ def _one_f_one_b(name: str, rank: int, n_ranks: int, n_micro_batches: int, chunk
         for place in range(per_round)
     ]
     back = [(m, chunks - 1 - chunk) for m, chunk in order]
-    if name == "1f1b":
+    if name in ("1f1b", "gpipe"):
         order = back = [(m, 0) for m in range(n_micro_batches)]
     hops = n_ranks - 1 - rank
-    warmup = min((chunks - 1) * per_round + hops * (2 if name == "interleaved" else 1), len(order))
+    warmup = (
+        len(order)
+        if name == "gpipe"
+        else min((chunks - 1) * per_round + hops * (2 if name == "interleaved" else 1), len(order))
+    )
     forwards = [Op("F", m, chunk * n_ranks + rank) for m, chunk in order]
     split = name == "zb1p"
     backwards = [Op("I" if split else "B", m, chunk * n_ranks + rank) for m, chunk in back]

@@ -19,9 +19,9 @@ from polylepis.parallel.pipeline.schedule import (
     order_of,
     peak_in_flight,
     stage_rank,
-    stages_of,
 )
 from polylepis.parallel.pipeline.simulate import StageTime, simulate
+from polylepis.parallel.pipeline.stage import stage_indices
 
 KINDS = {
     torch_schedules.FORWARD: "F",
@@ -31,12 +31,22 @@ KINDS = {
 }
 CLASSES = {
     "1f1b": torch_schedules.Schedule1F1B,
+    "gpipe": torch_schedules.ScheduleGPipe,
     "interleaved": torch_schedules.ScheduleInterleaved1F1B,
     "zb1p": torch_schedules.ScheduleInterleavedZeroBubble,
     "zbv": torch_schedules.ScheduleZBVZeroBubble,
     "dualpipev": torch_schedules.ScheduleDualPipeV,
 }
-CASES = [("1f1b", 1), ("interleaved", 2), ("interleaved", 3), ("zb1p", 1), ("zb1p", 2), ("zbv", 2), ("dualpipev", 2)]
+CASES = [
+    ("1f1b", 1),
+    ("gpipe", 1),
+    ("interleaved", 2),
+    ("interleaved", 3),
+    ("zb1p", 1),
+    ("zb1p", 2),
+    ("zbv", 2),
+    ("dualpipev", 2),
+]
 
 
 def torch_order(name: str, n_ranks: int, n_micro_batches: int, chunks: int) -> list[list[Op]]:
@@ -55,7 +65,7 @@ def torch_order(name: str, n_ranks: int, n_micro_batches: int, chunks: int) -> l
             submod=None,
         )
 
-    if name == "1f1b":
+    if name in ("1f1b", "gpipe"):
         order: Any = CLASSES[name](stage(0), n_micro_batches)._get_pipeline_order()
     else:
         order = CLASSES[name]([stage(i) for i in range(chunks)], n_micro_batches).pipeline_order
@@ -78,12 +88,10 @@ def test_tables_are_what_torch_runs(name: str, chunks: int, n_ranks: int) -> Non
     compared = 0
     for n_micro_batches in (2, 3, 7, 8, 16, 20):
         try:
-            theirs = torch_order(name, n_ranks, n_micro_batches, chunks)
-        except ValueError:
-            with pytest.raises(PlanError, match=name):
-                build_schedule(name, n_ranks, n_micro_batches, chunks)
+            ours = build_schedule(name, n_ranks, n_micro_batches, chunks)
+        except PlanError:  # torch takes some numbers that leave ranks idle throughout
             continue
-        ours = build_schedule(name, n_ranks, n_micro_batches, chunks)
+        theirs = torch_order(name, n_ranks, n_micro_batches, chunks)
         plain = [[op._replace(with_next=False) for op in row] for row in ours.table]
         # torch's listing of 1F1B begins its last rank with micro-batch 1; what its `step` runs does not.
         last = n_ranks - 1 if name == "1f1b" else n_ranks
@@ -98,7 +106,7 @@ def test_placement_is_torchs() -> None:
     for name, style in (("interleaved", "loop"), ("zb1p", "loop"), ("zbv", "v"), ("dualpipev", "v")):
         theirs = generate_stage_to_rank_mapping(4, 8, style=style)
         assert {stage: stage_rank(name, stage, 4) for stage in range(8)} == theirs
-        assert [stages_of(name, 1, 4, 2)] == [tuple(s for s, r in theirs.items() if r == 1)]
+        assert stage_indices(1, 4, 2, style == "v") == tuple(s for s, r in theirs.items() if r == 1)
 
 
 fractions = st.integers(1, 9)
@@ -171,13 +179,15 @@ def test_a_broken_table_is_refused(mutate: Any, message: str) -> None:
     ("arguments", "message"),
     [
         (("1f1bb", 2, 4, 1), r"unknown '1f1bb'; nearest is 1f1b"),
-        (("1f1b", 4, 3, 1), r"at least 4 micro-batches per step and rank, not 3"),
-        (("dualpipev", 4, 7, 2), r"at least 8 micro-batches"),
-        (("interleaved", 4, 9, 2), r"9 micro-batches in 2 rounds.*nearest number that does is 8"),
-        (("zbv", 4, 8, 3), r"zbv takes 2 chunks per rank, not 3"),
-        (("1f1b", 4, 8, 2), r"1f1b takes 1 chunks per rank, not 2"),
-        (("interleaved", 4, 8, 1), r"interleaved takes 2 to 64 chunks per rank, not 1"),
+        (("1f1b", 4, 3, 1), r"3 micro-batches per rank and step, but 1f1b over pp 4 needs at least 4"),
+        (("dualpipev", 4, 7, 2), r"dualpipev over pp 4 needs at least 8"),
+        (("interleaved", 4, 9, 2), r"9 micro-batches .* cannot be divided into 2 rounds.*nearest is 8"),
+        (("zbv", 4, 8, 3), r"zbv works with 2 stages per rank; the nearest is 2"),
+        (("1f1b", 4, 8, 2), r"1f1b works with 1 stages"),
+        (("interleaved", 4, 8, 1), r"interleaved works with 2 to 64 stages"),
         (("dualpipe", 3, 8, 2), r"even pp"),
+        (("zb1p", 4, 9, 1), r"9 micro-batches in 2 equal rounds"),
+        (("1f1b", 0, 9, 1), r"pp 0 and 9 micro-batches must both be at least 1"),
     ],
 )
 def test_refusals(arguments: tuple[str, int, int, int], message: str) -> None:
