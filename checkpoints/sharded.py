@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import shutil
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +28,14 @@ from .manifest import damages, hash_file, read_manifest, superfluous, sync_folde
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
-def model_tensors(model: HybridModel) -> dict[str, Tensor]:
+Models = HybridModel | Sequence[HybridModel]
+"""The model, or the pipeline stages of this rank; names do not depend on how the stack was cut."""
+
+
+def model_tensors(model: Models) -> dict[str, Tensor]:
     """Every logical tensor of the model, sharing its memory: parameters by entry, then persistent buffers."""
+    if not isinstance(model, HybridModel):
+        return {name: tensor for stage in model for name, tensor in model_tensors(stage).items()}
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()  # after a forward without backward the root still holds gathered copies
@@ -41,8 +47,10 @@ def model_tensors(model: HybridModel) -> dict[str, Tensor]:
     return tensors
 
 
-def optimizer_tensors(model: HybridModel, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+def optimizer_tensors(model: Models, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """Both AdamW moments of every logical parameter, and each parameter's step count; created where absent."""
+    if not isinstance(model, HybridModel):
+        return {name: tensor for stage in model for name, tensor in optimizer_tensors(stage, optimizer).items()}
     tensors: dict[str, Tensor] = {}
     for name, parameter, part in named_parts(model):
         state = optimizer.state[parameter]
@@ -57,7 +65,7 @@ def optimizer_tensors(model: HybridModel, optimizer: torch.optim.Optimizer) -> d
 
 def save_checkpoint(
     folder: Path,
-    model: HybridModel,
+    model: Models,
     optimizer: torch.optim.Optimizer,
     extra: Mapping[str, Any],
     keep: int = 0,
@@ -83,8 +91,8 @@ def save_checkpoint(
     tensors = model_tensors(model) | optimizer_tensors(model, optimizer)
     dcp.save(tensors, checkpoint_id=aside)
     files = _hash_own_files(aside)
+    described = describe(tensors, model)
     if dist.get_rank() == 0:
-        described = {n: {"shape": list(t.shape), "dtype": str(t.dtype)} for n, t in tensors.items()}
         write_manifest(aside, {**extra, "torch": torch.__version__, "files": files, "tensors": described})
         if final.exists():
             shutil.rmtree(final)
@@ -94,6 +102,17 @@ def save_checkpoint(
             shutil.rmtree(old)
     dist.barrier()
     return final
+
+
+def describe(tensors: Mapping[str, Tensor], model: Models) -> dict[str, dict[str, Any]]:
+    """Shape and dtype by name, gathered over the pipeline stages: the same answer on every rank."""
+    mesh = (model if isinstance(model, HybridModel) else model[0]).mesh
+    mine = {name: {"shape": list(t.shape), "dtype": str(t.dtype)} for name, t in tensors.items()}
+    everyone: list[Any] = [mine]
+    if mesh.pp_size > 1:
+        everyone = [None] * mesh.pp_size
+        dist.all_gather_object(everyone, mine, group=mesh.pp_group)
+    return {name: value for stage in everyone for name, value in stage.items()}
 
 
 def _hash_own_files(aside: Path) -> dict[str, Any]:
@@ -106,9 +125,7 @@ def _hash_own_files(aside: Path) -> dict[str, Any]:
     return {name: value for files in everyone for name, value in files.items()}
 
 
-def load_checkpoint(
-    checkpoint: Path, model: HybridModel, optimizer: torch.optim.Optimizer | None = None
-) -> dict[str, Any]:
+def load_checkpoint(checkpoint: Path, model: Models, optimizer: torch.optim.Optimizer | None = None) -> dict[str, Any]:
     """Fill model (and optimizer) in place, re-sharding to their mesh; returns the manifest. All ranks call it.
 
     Raises:
@@ -118,16 +135,16 @@ def load_checkpoint(
     for damage in damages(checkpoint, content=False):
         raise CheckpointError(f"{checkpoint}: {damage}; resume from another checkpoint")
     tensors = model_tensors(model)
-    _check_same_model(checkpoint, manifest["tensors"], tensors)
+    _check_same_model(checkpoint, manifest["tensors"], describe(tensors, model))
     if optimizer is not None:
         tensors |= optimizer_tensors(model, optimizer)
     dcp.load(tensors, checkpoint_id=checkpoint)
     return manifest
 
 
-def _check_same_model(checkpoint: Path, saved: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+def _check_same_model(checkpoint: Path, saved: Mapping[str, Any], own: Mapping[str, Any]) -> None:
     saved_shapes = {n: tuple(t["shape"]) for n, t in saved.items() if not n.startswith("optimizer.")}
-    shapes = {n: tuple(t.shape) for n, t in tensors.items()}
+    shapes = {n: tuple(t["shape"]) for n, t in own.items()}
     if saved_shapes == shapes:
         return
     name = sorted(n for n in saved_shapes.keys() | shapes.keys() if saved_shapes.get(n) != shapes.get(n))[0]

@@ -183,8 +183,8 @@ def build_mesh(
     if kind == "cuda":
         torch.cuda.set_device(device)
     pp, replicate, shard, cp, tp = sizes.pp, sizes.dp_replicate, sizes.dp_shard, sizes.cp, sizes.tp
-    axes = ("pp", "dp_replicate", "fsdp", "tp")
-    parameters = init_device_mesh(kind, (pp, replicate, shard * cp, tp), mesh_dim_names=axes)
+    names = ("pp", "dp_replicate", "fsdp", "tp")
+    parameters = init_device_mesh(kind, (pp, replicate, shard * cp, tp), mesh_dim_names=names)
     axes = ("pp", "dp_replicate", "dp_shard", "cp", "tp")
     tokens = init_device_mesh(kind, (pp, replicate, shard, cp, tp), mesh_dim_names=axes)
     return Mesh(parameters, tokens, device, context or ContextConfig())

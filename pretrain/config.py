@@ -17,6 +17,8 @@ import yaml
 from ..data.stream import StreamConfig
 from ..parallel.mesh import ContextConfig, MeshConfig
 from ..parallel.model import ModelConfig
+from ..parallel.pipeline.config import PipelineConfig
+from ..parallel.recompute import RecomputeConfig
 from .errors import ConfigError
 from .optim import OptimConfig
 
@@ -81,6 +83,8 @@ class RunConfig:
     seed: int = 0
     mesh: MeshConfig = field(default_factory=MeshConfig)
     context: ContextConfig = field(default_factory=ContextConfig)
+    pipeline: PipelineConfig = field(default_factory=PipelineConfig)
+    recompute: RecomputeConfig = field(default_factory=RecomputeConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)

@@ -18,9 +18,10 @@ import torch.distributed as dist
 from ..checkpoints.manifest import newest_checkpoint
 from ..checkpoints.sharded import load_checkpoint, save_checkpoint
 from ..data.stream import Step, Stream
-from ..parallel.engines.base import Engine
+from ..parallel.engines.base import Engine, Objective
 from ..parallel.engines.fsdp import FSDPEngine, build_model
-from ..parallel.kinds.moe import MoE
+from ..parallel.engines.pipeline import PipelineEngine, build_stages
+from ..parallel.kinds.moe import MoE, MoEConfig
 from ..parallel.megatron import preload
 from ..parallel.mesh import Mesh, build_mesh
 from .config import RunConfig, load_config
@@ -28,7 +29,7 @@ from .errors import DivergenceError
 from .meter.tracker import Tracker, plot_losses
 from .objectives.next_token import next_token
 from .optim import build_optimizer
-from .prepare import check_run, open_data, prepare_folder
+from .prepare import check_run, open_data, prepare_folder, stages_of
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -51,7 +52,7 @@ def train(config: RunConfig) -> None:
     dist.barrier()
     resumed = newest_checkpoint(config.checkpoints)
     if resumed is not None:
-        manifest = load_checkpoint(resumed, engine.models[0], engine.optimizer)
+        manifest = load_checkpoint(resumed, engine.models, engine.optimizer)
         stream.load_state_dict(manifest["data"])
         first = manifest["step"]
 
@@ -78,17 +79,27 @@ def train(config: RunConfig) -> None:
                     tracker.log(step_metrics(config, step + 1, data, losses.tolist(), norm, lr, seconds, waited))
                 if is_checkpoint_step(config, step + 1):
                     extra = {"step": step + 1, "data": stream.state_dict()}
-                    (model,), keep = engine.models, (config.train.keep, config.train.keep_every)
-                    save_checkpoint(config.checkpoints, model, engine.optimizer, extra, *keep)
+                    keep = (config.train.keep, config.train.keep_every)
+                    save_checkpoint(config.checkpoints, engine.models, engine.optimizer, extra, *keep)
 
     if tracker is not None and importlib.util.find_spec("matplotlib") and first < config.train.steps:
         plot_losses(config.path, config.model.modalities)
 
 
-def build_engine(config: RunConfig, mesh: Mesh) -> Engine:
-    """Model, optimizer and objective of the run, on this rank."""
-    model = build_model(config.model, mesh, seed=config.seed, compute_dtype=DTYPES[config.train.precision])
-    return FSDPEngine(model, build_optimizer(config.optim, model), next_token)
+def build_engine(
+    config: RunConfig, mesh: Mesh, objective: Objective = next_token, dtype: torch.dtype = torch.float32
+) -> Engine:
+    """Model (or this rank's pipeline stages), optimizer and objective of the run; parameters are of `dtype`."""
+    compute = DTYPES[config.train.precision] if dtype == torch.float32 else dtype
+    options: dict[str, Any] = {"seed": config.seed, "dtype": dtype, "compute_dtype": compute}
+    options["recompute"] = config.recompute
+    if mesh.pp_size == 1:
+        model = build_model(config.model, mesh, **options)
+        return FSDPEngine(model, build_optimizer(config.optim, model), objective)
+    stages = stages_of(config, mesh.pp_size)
+    models = build_stages(config.model, mesh, config.pipeline, stages, **options)
+    optimizer = build_optimizer(config.optim, *models)
+    return PipelineEngine(models, optimizer, objective, config.pipeline, compute, config.recompute)
 
 
 @contextlib.contextmanager
@@ -123,14 +134,27 @@ def check_agreement(step: int, digest: str) -> None:
 
 
 def balance_experts(engine: Engine) -> None:
-    """Loss-free balancing: one all-reduce of all layers' loads, then each layer moves its selection biases."""
-    layers = [module for model in engine.models for module in model.modules() if isinstance(module, MoE)]
-    if not layers:
+    """Loss-free balancing: one all-reduce of all layers' loads, then each layer moves its selection biases.
+
+    Every rank contributes a table of all expert layers of the model, filled where its own pipeline stages are.
+    """
+    config = engine.models[0].config
+    layers = {index: config.layer(index)[1] for index in range(len(config.symbols))}
+    experts = {index: layer.n_experts for index, layer in layers.items() if isinstance(layer, MoEConfig)}
+    if not experts:
         return
-    loads = torch.stack([layer.load for layer in layers])
-    dist.all_reduce(loads)
-    for layer, load in zip(layers, loads / engine.mesh.tp_size, strict=True):
-        layer.balance(load)
+    table = torch.zeros(sum(experts.values()), device=engine.mesh.device)
+    loads = dict(zip(experts, table.split(list(experts.values())), strict=True))
+    mine: dict[int, MoE] = {}
+    for name, block in (item for model in engine.models for item in model.layers.items()):
+        mixer = block.get_submodule("mixer")
+        if isinstance(mixer, MoE):
+            mine[int(name)] = mixer
+    for index, layer in mine.items():
+        loads[index].copy_(layer.load)
+    dist.all_reduce(table)
+    for index, layer in mine.items():
+        layer.balance(loads[index] / engine.mesh.tp_size)
 
 
 def is_checkpoint_step(config: RunConfig, step: int) -> bool:

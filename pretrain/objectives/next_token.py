@@ -76,8 +76,10 @@ class NextToken:
         """Move one micro-batch (the batch contract, CPU tensors [mbs, S]) to this rank's device, flat."""
         layout = Layout.from_batch(batch, n_modalities, mesh)
         fields = (batch["tokens"], batch["labels"], batch["loss_weight"], label_modalities(batch), has_label(batch))
-        flat = (layout.mine(field.reshape(-1)).to(mesh.device, non_blocking=True) for field in fields)
-        return PreparedTokens(*flat, layout=layout, n_modalities=n_modalities, total_weight=total_weight)
+        tokens, labels, weights, modality, labelled = (
+            layout.mine(field.reshape(-1)).to(mesh.device, non_blocking=True) for field in fields
+        )
+        return PreparedTokens(tokens, labels, weights, modality, labelled, layout, n_modalities, total_weight)
 
     def __call__(self, model: HybridModel, batch: Mapping[str, Tensor], total_weight: float) -> ObjectiveOutput:
         """One micro-batch through a whole model; total_weight is Σ of loss weights over the *global* batch."""

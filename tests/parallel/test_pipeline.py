@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from pipelines import Case, merged, pipelined
 
 from equivalence import assert_equal_gradients, gradients_alone
+from pipelines import Case, merged, pipelined
 from polylepis.parallel.mesh import ContextConfig, MeshConfig
 from polylepis.parallel.model import ModelConfig
 from polylepis.parallel.pipeline.config import PipelineConfig
