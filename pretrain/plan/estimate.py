@@ -216,8 +216,7 @@ def _memory(
         optimizer=8 * sharded + 4 * tensors,
         gathered=gathered,
         unsharded_gradients=gradients,
-        activations=peak_in_flight(schedule, rank, held)
-        + METADATA * tokens * (schedule.n_micro_batches if mesh.pp > 1 else 1),
+        activations=peak_in_flight(schedule, rank, held) + prepared,
         workspace=max(cost.workspace for s in mine for cost in (*layers[s], ends[s])),
         reserve=reserve,
     )
