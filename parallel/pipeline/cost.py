@@ -215,7 +215,7 @@ def layer_parts(kind: Kind, config: Any, model: ModelConfig, tp: int) -> dict[st
 def end_parts(model: ModelConfig, stage: Stage) -> dict[str, Part]:
     """The parts of embedding, final norm and output projection that a stage has."""
     names = (("embed",) if stage.embeds else ()) + (("final_norm", "lm_head") if stage.predicts else ())
-    parts = model.parts()
+    parts = model.end_parts()
     return {f"{name}.weight": parts[f"{name}.weight"] for name in names}
 
 
@@ -304,10 +304,21 @@ def link_seconds(volume: Volume, ranks: int, span: int, device: Device) -> float
     )
 
 
+def layer_costs(model: ModelConfig, setting: Setting, timing: Timing) -> list[Cost]:
+    """Cost of every layer; equal layers are priced once."""
+    priced: dict[tuple[str, str, float], Cost] = {}
+    costs = []
+    for index, symbol in enumerate(model.symbols):
+        key = (symbol, repr(model.layers.get(index)), setting.busiest.get(index, 1.0))
+        if key not in priced:
+            priced[key] = layer_cost(model, index, setting, timing)
+        costs.append(priced[key])
+    return costs
+
+
 def layer_seconds(model: ModelConfig, setting: Setting, timing: Timing) -> list[float]:
     """Seconds of each layer, embedding and head added to the first and the last: what to cut the stack by."""
-    costs = [layer_cost(model, index, setting, timing).total for index in range(len(model.symbols))]
-    n = len(costs)
-    costs[0] += end_cost(model, Stage(0, 2, 0, n), setting, timing).total
-    costs[-1] += end_cost(model, Stage(1, 2, 0, n), setting, timing).total
-    return costs
+    seconds, n = [cost.total for cost in layer_costs(model, setting, timing)], len(model.symbols)
+    seconds[0] += end_cost(model, Stage(0, 2, 0, n), setting, timing).total
+    seconds[-1] += end_cost(model, Stage(1, 2, 0, n), setting, timing).total
+    return seconds

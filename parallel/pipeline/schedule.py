@@ -13,6 +13,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from types import MappingProxyType
 from typing import NamedTuple
 
@@ -108,6 +109,7 @@ def check_schedule(name: str, n_ranks: int, n_micro_batches: int, chunks: int) -
         )
 
 
+@cache
 def build_schedule(name: str, n_ranks: int, n_micro_batches: int, chunks: int = 1) -> Schedule:
     """The table of a schedule, checked to be complete and free of deadlock.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 
@@ -16,9 +16,8 @@ from ...parallel.pipeline.cost import (
     Timing,
     end_cost,
     end_parts,
-    layer_cost,
+    layer_costs,
     layer_parts,
-    layer_seconds,
     sharded_numel,
 )
 from ...parallel.pipeline.devices import collective_seconds
@@ -143,13 +142,68 @@ def micro_batches(config: RunConfig) -> int:
     return data.global_batch // at_once
 
 
+@dataclass(frozen=True)
+class Priced:
+    """A plan with its costs, before anything is simulated.
+
+    Attributes:
+        costs, ends: of each stage its layers', and its ends'.
+        memory: of each pipeline rank.
+        seconds: of the step without bubble: a lower bound.
+    """
+
+    config: RunConfig
+    timing: Timing
+    setting: Setting
+    schedule: Schedule
+    stages: tuple[Stage, ...]
+    costs: Sequence[Sequence[Cost]]
+    ends: Sequence[Cost]
+    memory: tuple[Memory, ...]
+    limit: float
+    parts: Mapping[str, float]
+
+    @property
+    def seconds(self) -> float:
+        return sum(self.parts.values())
+
+    @property
+    def peak(self) -> float:
+        return max(memory.total for memory in self.memory)
+
+    @property
+    def fits(self) -> bool:
+        return self.peak <= self.limit
+
+    def simulated(self) -> Estimate:
+        """The whole prediction."""
+        config, model = self.config, self.config.model
+        send = _send(config, self.setting, self.timing)
+        timeline = simulate(self.schedule, _stage_times(self.costs, self.ends), send)
+        parts = {**self.parts, "bubble": timeline.bubble_seconds}
+        tokens = config.data.global_batch * config.data.seq_len
+        useful = 3 * flops_per_token(model, self.setting.mean_keys) * tokens
+        mfu = useful / (sum(parts.values()) * config.mesh.n_processes * self.timing.device.peak)
+        return Estimate(config, self.stages, self.memory, self.limit, timeline, parts, tokens, mfu)
+
+
 def estimate(
     config: RunConfig,
     timing: Timing,
     memory_limit: float | None = None,
     assumptions: Assumptions | None = None,
 ) -> Estimate:
-    """Predict one plan.
+    """Predict one plan. Arguments and errors as in `price`."""
+    return price(config, timing, memory_limit, assumptions).simulated()
+
+
+def price(
+    config: RunConfig,
+    timing: Timing,
+    memory_limit: float | None = None,
+    assumptions: Assumptions | None = None,
+) -> Priced:
+    """What a plan's layers cost, where it is cut, and whether it fits.
 
     Args:
         config: its mesh must be resolved (`MeshConfig.resolve`).
@@ -161,46 +215,49 @@ def estimate(
     """
     model, mesh = config.model, config.mesh
     setting, count = setting_of(config, timing, assumptions), micro_batches(config)
-    stages: tuple[Stage, ...] = (whole_model(len(model.symbols)),)
+    n = len(model.symbols)
+    stages: tuple[Stage, ...] = (whole_model(n),)
     name, chunks = "1f1b", 1
+    layers = layer_costs(model, setting, timing)
     if mesh.pp > 1:
         check_split_backward(model, config.pipeline, config.recompute)
         name, chunks = config.pipeline.schedule, config.pipeline.chunks_per_rank
-        stages = cut_stages(model, config.pipeline, mesh.pp, layer_seconds(model, setting, timing))
+        seconds = [cost.total for cost in layers]
+        for place, stage in ((0, Stage(0, 2, 0, n)), (-1, Stage(1, 2, 0, n))):
+            seconds[place] += end_cost(model, stage, setting, timing).total
+        stages = cut_stages(model, config.pipeline, mesh.pp, seconds)
     schedule = build_schedule(name, mesh.pp, count, chunks)
-    costs = [[layer_cost(model, index, setting, timing) for index in stage.layers] for stage in stages]
+    costs = [[layers[index] for index in stage.layers] for stage in stages]
     ends = [end_cost(model, stage, setting, timing) for stage in stages]
     limit = timing.device.memory if memory_limit is None else memory_limit
-    held = [end.saved + sum(cost.saved for cost in layers) for layers, end in zip(costs, ends, strict=True)]
+    held = [end.saved + sum(cost.saved for cost in group) for group, end in zip(costs, ends, strict=True)]
+    numels = _shards(model, stages, mesh)
     memory = tuple(
-        _memory(config, schedule, rank, stages, (costs, ends, held), setting, RESERVE * limit)
+        _memory(config, schedule, rank, (costs, ends, held), numels, setting, RESERVE * limit)
         for rank in range(mesh.pp)
     )
-    timeline = simulate(schedule, _stage_times(costs, ends), send=_send(config, setting, timing))
-    parts = _parts_of_step(config, timeline, stages, costs, ends, timing)
-    tokens = config.data.global_batch * config.data.seq_len
-    useful = 3 * flops_per_token(model, setting.mean_keys) * tokens
-    mfu = useful / (sum(parts.values()) * mesh.n_processes * timing.device.peak)
-    return Estimate(config, stages, memory, limit, timeline, parts, tokens, mfu)
+    parts = _parts_of_step(config, schedule, costs, ends, numels, timing)
+    return Priced(config, timing, setting, schedule, stages, costs, ends, memory, limit, parts)
 
 
 Costs = tuple[Sequence[Sequence[Cost]], Sequence[Cost], Sequence[float]]
+Shards = Sequence[tuple[int, int]]
 
 
 def _memory(
     config: RunConfig,
     schedule: Schedule,
     rank: int,
-    stages: Sequence[Stage],
     costs: Costs,
+    numels: Shards,
     setting: Setting,
     reserve: float,
 ) -> Memory:
     """The memory of one pipeline rank."""
     layers, ends, held = costs
     mesh, a = config.mesh, setting.itemsize
-    mine = [s for s in range(len(stages)) if stage_rank(schedule.name, s, mesh.pp) == rank]
-    sharded, tensors = parameter_shard(config.model, [stages[s] for s in mine], mesh)
+    mine = _stages_of(schedule, rank)
+    sharded, tensors = (sum(numels[s][i] for s in mine) for i in (0, 1))
     whole = sum(cost.parameters for s in mine for cost in (*layers[s], ends[s]))
     roots = sum(ends[s].parameters for s in mine)
     blocks = sorted((cost.parameters for s in mine for cost in layers[s]), reverse=True)
@@ -222,16 +279,32 @@ def _memory(
     )
 
 
-def parameter_shard(model: ModelConfig, stages: Sequence[Stage], mesh: MeshConfig) -> tuple[int, int]:
-    """Elements and tensors of the parameters that the first FSDP rank of these stages holds."""
-    parts: list[Part] = []
+def _stages_of(schedule: Schedule, rank: int) -> list[int]:
+    return [s for s in range(schedule.n_stages) if stage_rank(schedule.name, s, schedule.n_ranks) == rank]
+
+
+def parameter_shard(parts: Iterable[Part], mesh: MeshConfig) -> tuple[int, int]:
+    """Elements and tensors of these parts on the first FSDP rank."""
+    ranks, numel, tensors = mesh.dp_shard * mesh.cp, 0, 0
+    for part in parts:
+        numel += sharded_numel(part, mesh.tp, ranks)
+        tensors += len(part.entries) if part.entries and len(part.shape) == 1 else 1
+    return numel, tensors
+
+
+def _shards(model: ModelConfig, stages: Sequence[Stage], mesh: MeshConfig) -> list[tuple[int, int]]:
+    """`parameter_shard` of each stage; equal layers are counted once."""
+    counted: dict[tuple[str, str], tuple[int, int]] = {}
+    symbols, result = model.symbols, []
     for stage in stages:
-        parts += end_parts(model, stage).values()
+        found = [parameter_shard(end_parts(model, stage).values(), mesh)]
         for index in stage.layers:
-            parts += layer_parts(*model.layer(index), model, mesh.tp).values()
-    ranks = mesh.dp_shard * mesh.cp
-    tensors = sum(len(p.entries) if p.entries and len(p.shape) == 1 else 1 for p in parts)
-    return sum(sharded_numel(part, mesh.tp, ranks) for part in parts), tensors
+            key = (symbols[index], repr(model.layers.get(index)))
+            if key not in counted:
+                counted[key] = parameter_shard(layer_parts(*model.layer(index), model, mesh.tp).values(), mesh)
+            found.append(counted[key])
+        result.append((sum(numel for numel, _ in found), sum(tensors for _, tensors in found)))
+    return result
 
 
 def _stage_times(costs: Sequence[Sequence[Cost]], ends: Sequence[Cost]) -> list[StageTime]:
@@ -258,29 +331,30 @@ def _send(config: RunConfig, setting: Setting, timing: Timing) -> float:
 
 def _parts_of_step(
     config: RunConfig,
-    timeline: Timeline,
-    stages: Sequence[Stage],
+    schedule: Schedule,
     costs: Sequence[Sequence[Cost]],
     ends: Sequence[Cost],
+    numels: Shards,
     timing: Timing,
 ) -> dict[str, float]:
-    """Seconds by cause, seen from the busiest pipeline rank; what is left of the timeline there is the bubble."""
-    mesh, count = config.mesh, timeline.schedule.n_micro_batches
-    rank = max(range(mesh.pp), key=lambda r: timeline.busy[r])
-    name = timeline.schedule.name
-    mine = [s for s in range(len(stages)) if stage_rank(name, s, mesh.pp) == rank]
-    all_costs = [cost for s in mine for cost in (*costs[s], ends[s])]
-    sharded, _ = parameter_shard(config.model, [stages[s] for s in mine], mesh)
-    data = exposed_sharding(config, [(costs[s], ends[s]) for s in mine], timing, count)
-    parts = {
-        "computation": count * sum(c.forward + c.inputs + c.weights for c in all_costs),
-        "tensor parallel": count * sum(c.tensor + c.tensor_back for c in all_costs),
-        "context parallel": count * sum(c.context + c.context_back for c in all_costs),
-        "bubble": timeline.seconds - timeline.busy[rank],
-        "data parallel": data,
-        "optimizer": timing.update(sharded),
-    }
-    return parts
+    """Seconds by cause on the busiest pipeline rank, the bubble left out."""
+    count = schedule.n_micro_batches
+
+    def parts_of(rank: int) -> dict[str, float]:
+        mine = _stages_of(schedule, rank)
+        all_costs = [cost for s in mine for cost in (*costs[s], ends[s])]
+        return {
+            "computation": count * sum(c.forward + c.inputs + c.weights for c in all_costs),
+            "tensor parallel": count * sum(c.tensor + c.tensor_back for c in all_costs),
+            "context parallel": count * sum(c.context + c.context_back for c in all_costs),
+        }
+
+    ranks = [parts_of(rank) for rank in range(schedule.n_ranks)]
+    busiest = max(range(len(ranks)), key=lambda rank: sum(ranks[rank].values()))
+    mine = _stages_of(schedule, busiest)
+    exposed = exposed_sharding(config, [(costs[s], ends[s]) for s in mine], timing, count)
+    update = timing.update(sum(numels[s][0] for s in mine))
+    return ranks[busiest] | {"data parallel": exposed, "optimizer": update}
 
 
 def exposed_sharding(
