@@ -236,7 +236,7 @@ def read_layers(path: Path) -> LayerTimes:
 
 
 def predicted_step(config: RunConfig, world_size: int) -> dict[str, float]:
-    """What to log beside each measured step: nothing where no table of this machine and model lies in the run folder."""
+    """What to log beside each measured step; nothing where the run folder holds no table of this machine and model."""
     from .estimate import estimate
 
     path = config.path / LAYERS_FILE

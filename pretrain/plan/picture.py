@@ -47,11 +47,12 @@ def draw(timeline: Timeline, title: str, width: float = 12.0):  # type: ignore[n
     ranks = timeline.schedule.n_ranks
     figure = Figure(figsize=(width, 1.3 + 0.42 * ranks), dpi=120, layout="constrained")
     axes = figure.subplots()
+    line = 0.4 if len(timeline.spans) < 150 * ranks else 0.0
     for span in timeline.spans:
         length = span.end - span.start
         colour = shade(span.op.kind, _chunk(timeline, span.op.stage))
         axes.broken_barh(
-            [(span.start, length)], (span.rank - 0.42, 0.84), facecolors=colour, edgecolors="white", lw=0.4
+            [(span.start, length)], (span.rank - 0.42, 0.84), facecolors=colour, edgecolors="white", lw=line
         )
         if length / timeline.seconds > 0.012:
             middle = span.start + length / 2

@@ -161,9 +161,9 @@ def why_not(found: Estimate) -> list[str]:
         room = found.limit - fixed - state
         needs = memory.activations + memory.workspace
         lines.append(
-            f"activations and workspace have {room / gib:.1f} GiB and need {needs / gib:.1f}: a micro-batch or share of "
-            f"the sequence {needs / room:.1f}× smaller (data.micro_batch {found.config.data.micro_batch}, mesh.cp {mesh.cp}), "
-            f"or recompute of more kinds"
+            f"activations and workspace have {room / gib:.1f} GiB and need {needs / gib:.1f}: a micro-batch or part of "
+            f"the sequence {needs / room:.1f}× smaller (data.micro_batch {found.config.data.micro_batch}, mesh.cp "
+            f"{mesh.cp}), or recompute of more kinds"
         )
     else:
         lines.append(
