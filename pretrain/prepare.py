@@ -16,7 +16,8 @@ from .errors import ConfigError
 
 # What may change between the runs that share a folder: where and how long it trains, not what is trained on what.
 READING = ("data.micro_batch", "data.workers", "data.prefetch", "data.stall_seconds", "data.path")
-FREE_KEYS = ("mesh.", "context.", "pipeline.", "recompute.", "train.", "tracking.", "name", "folder", *READING)
+PLAN = ("mesh.", "context.", "pipeline.", "recompute.", "engine", "deepspeed.")
+FREE_KEYS = (*PLAN, "train.", "tracking.", "name", "folder", *READING)
 
 
 def n_processes(config: RunConfig) -> int:
@@ -35,8 +36,11 @@ def check_run(config: RunConfig, world_size: int) -> None:
     config.optim.check()
     if config.train.steps < 1:
         raise ConfigError(f"train.steps: must be at least 1, not {config.train.steps}")
+    config.train.keep_rules()
     config.model.check_context(mesh, config.context)
     cut_tokens(config.data.micro_batch * config.data.seq_len, mesh.cp, mesh.tp, config.context.order)
+    if config.engine == "deepspeed":
+        config.deepspeed.check(mesh, config.train.compute_dtype)
     if mesh.pp > 1:
         stages_of(config, mesh.pp)
         check_split_backward(config.model, config.pipeline, config.recompute)

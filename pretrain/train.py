@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import importlib.util
+import json
 import os
 import sys
 import time
@@ -15,10 +16,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from ..checkpoints.manifest import newest_checkpoint
-from ..checkpoints.sharded import load_checkpoint, save_checkpoint
+from ..checkpoints.keeper import Keeper
+from ..checkpoints.manifest import hash_config
 from ..data.stream import Step, Stream
 from ..parallel.engines.base import Engine, Objective
+from ..parallel.engines.deepspeed import DeepSpeedEngine
 from ..parallel.engines.fsdp import FSDPEngine, build_model
 from ..parallel.engines.pipeline import PipelineEngine, build_stages
 from ..parallel.kinds.moe import MoE, MoEConfig
@@ -30,8 +32,6 @@ from .meter.tracker import Tracker, plot_losses
 from .objectives.next_token import next_token
 from .optim import build_optimizer
 from .prepare import check_run, open_data, prepare_folder, stages_of
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def train(config: RunConfig) -> None:
@@ -50,13 +50,13 @@ def train(config: RunConfig) -> None:
     if dist.get_rank() == 0:
         prepare_folder(config)
     dist.barrier()
-    resumed = newest_checkpoint(config.checkpoints)
+    keeper = open_keeper(config, engine)
+    resumed = keeper.resume()
     if resumed is not None:
-        manifest = load_checkpoint(resumed, engine.models, engine.optimizer)
-        stream.load_state_dict(manifest["data"])
-        first = manifest["step"]
+        stream.load_state_dict(resumed["data"])
+        first = resumed["step"]
 
-    with open_tracker(config, first) as tracker:
+    with keeper, open_tracker(config, first) as tracker:
         for step in range(first, config.train.steps):
             with located(step + 1):
                 started = time.perf_counter()
@@ -76,11 +76,9 @@ def train(config: RunConfig) -> None:
                 losses = sums / mesh.tp_size  # every tp rank counted the same tokens
                 if tracker is not None:
                     seconds = time.perf_counter() - started
-                    tracker.log(step_metrics(config, step + 1, data, losses.tolist(), norm, lr, seconds, waited))
-                if is_checkpoint_step(config, step + 1):
-                    extra = {"step": step + 1, "data": stream.state_dict()}
-                    keep = (config.train.keep, config.train.keep_every)
-                    save_checkpoint(config.checkpoints, engine.models, engine.optimizer, extra, *keep)
+                    metrics = step_metrics(config, step + 1, data, losses.tolist(), norm, lr, seconds, waited)
+                    tracker.log(metrics | keeper.times())
+                keeper.after_step(step + 1, stream.state_dict, last=step + 1 == config.train.steps)
 
     if tracker is not None and importlib.util.find_spec("matplotlib") and first < config.train.steps:
         plot_losses(config.path, config.model.modalities)
@@ -90,7 +88,22 @@ def build_engine(
     config: RunConfig, mesh: Mesh, objective: Objective = next_token, dtype: torch.dtype = torch.float32
 ) -> Engine:
     """Model (or this rank's pipeline stages), optimizer and objective of the run; parameters are of `dtype`."""
-    compute = DTYPES[config.train.precision] if dtype == torch.float32 else dtype
+    compute = config.train.compute_dtype if dtype == torch.float32 else dtype
+    if config.engine == "deepspeed":
+        adam = config.optim
+        return DeepSpeedEngine(
+            config.model,
+            mesh,
+            objective,
+            config.deepspeed,
+            lr=adam.lr,
+            betas=(adam.beta1, adam.beta2),
+            eps=adam.eps,
+            weight_decay=adam.weight_decay,
+            seed=config.seed,
+            compute_dtype=compute,
+            recompute=config.recompute,
+        )
     options: dict[str, Any] = {"seed": config.seed, "dtype": dtype, "compute_dtype": compute}
     options["recompute"] = config.recompute
     if mesh.pp_size == 1:
@@ -100,6 +113,13 @@ def build_engine(
     models = build_stages(config.model, mesh, config.pipeline, stages, **options)
     optimizer = build_optimizer(config.optim, *models)
     return PipelineEngine(models, optimizer, objective, config.pipeline, compute, config.recompute)
+
+
+def open_keeper(config: RunConfig, engine: Engine) -> Keeper:
+    """What saves the run and finds where it stopped; every checkpoint carries the resolved configuration."""
+    values = json.loads(json.dumps(dataclasses.asdict(config)))
+    facts = {"config": values, "config_hash": hash_config(values)}
+    return Keeper(config.checkpoints, engine.models, engine.optimizer, config.train.keep_rules(), facts=facts)
 
 
 @contextlib.contextmanager
@@ -155,11 +175,6 @@ def balance_experts(engine: Engine) -> None:
     dist.all_reduce(table)
     for index, layer in mine.items():
         layer.balance(loads[index] / engine.mesh.tp_size)
-
-
-def is_checkpoint_step(config: RunConfig, step: int) -> bool:
-    every = config.train.checkpoint_every
-    return step == config.train.steps or bool(every and step % every == 0)
 
 
 def step_metrics(

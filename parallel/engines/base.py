@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -69,6 +69,25 @@ class Objective(Protocol):
         ...
 
 
+@runtime_checkable
+class Elsewhere(Protocol):
+    """An optimizer whose state, and the weights' fp32 copy, do not lie in the parameters (ZeRO's partitions)."""
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]: ...
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Copies of all logical tensors of a checkpoint; all ranks call it."""
+        ...
+
+    def take(self, tensors: Mapping[str, Tensor]) -> None:
+        """Write back what has been filled into the result of `tensors`; all ranks call it."""
+        ...
+
+
+Optimizer = torch.optim.Optimizer | Elsewhere
+
+
 class Engine(Protocol):
     """Forward, backward and update of the layers that live on this rank.
 
@@ -80,7 +99,9 @@ class Engine(Protocol):
 
     mesh: Mesh
     models: tuple[HybridModel, ...]
-    optimizer: torch.optim.Optimizer
+
+    @property
+    def optimizer(self) -> Optimizer: ...
 
     def accumulate(self, batches: Sequence[Batch], total_weight: float) -> Tensor:
         """Forward and backward of this rank's micro-batches of one step; gradients wait for `update`.
