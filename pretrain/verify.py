@@ -26,7 +26,7 @@ from ..parallel.kinds.moe import MoE
 from ..parallel.layout import Layout
 from ..parallel.mesh import Mesh, MeshConfig, build_mesh
 from ..parallel.model import HybridModel
-from ..parallel.parts import named_parts, split_bank
+from ..parallel.parts import named_parts, whole_entries
 from .config import RunConfig, load_config, to_yaml
 from .errors import ConfigError
 from .objectives.next_token import next_token
@@ -40,6 +40,8 @@ TOLERANCE = {
     torch.float64: {"loss": 1e-12, "gradient norm": 1e-11, "gradients": 1e-9, "optimizer step": 1e-6},
     torch.float32: {"loss": 2e-5, "gradient norm": 2e-5, "gradients": 2e-5},
 }
+# How far a score may lie from the reference's: a replayed choice that this does not explain is a fault, not a tie.
+MARGIN = {torch.float64: 1e-11, torch.float32: 1e-4}
 Choices = dict[str, list[Tensor]]
 
 
@@ -51,6 +53,7 @@ class Measurement:
         loss, norm: of the global batch.
         gradients, updates: by logical name, whole tensors on the CPU.
         choices: by expert layer, the experts of all tokens of each global micro-batch.
+        flips: tokens that chose otherwise, where choices were replayed, by more than `MARGIN` of a score can explain.
     """
 
     loss: float
@@ -58,6 +61,7 @@ class Measurement:
     gradients: dict[str, Tensor]
     updates: dict[str, Tensor]
     choices: Choices
+    flips: int
 
 
 @dataclass(frozen=True)
@@ -87,12 +91,16 @@ def measure(config: RunConfig, mesh: Mesh, dtype: torch.dtype, choices: Choices 
     data = stream.next()
     sums = torch.zeros(len(config.model.modalities), dtype=dtype, device=mesh.device)
     loss = torch.zeros((), dtype=dtype, device=mesh.device)
+    flips = torch.zeros((), dtype=torch.int64, device=mesh.device)
     experts = {name: module for name, module in model.named_modules() if isinstance(module, MoE)}
+    for layer in experts.values():  # the global balancing term looks at the loads of the step before
+        layer.expert_load.copy_(torch.arange(1.0, 1 + layer.expert_load.numel()).view_as(layer.expert_load))
     made: Choices = {name: [] for name in experts}
     for number, batch in enumerate(data.micro_batches):
         at = mesh.dp_rank * len(data.micro_batches) + number
         for name, layer in experts.items():
             layer.replay = None if choices is None else _share_of(choices[name][at], batch, model)
+            layer.replay_margin = MARGIN[dtype]
         output = next_token(model, batch, data.total_weight)
         output.loss.backward()
         loss += output.loss.detach()
@@ -100,13 +108,15 @@ def measure(config: RunConfig, mesh: Mesh, dtype: torch.dtype, choices: Choices 
         for name, layer in experts.items():
             assert layer.chosen is not None
             made[name].append(layer.chosen)
+            flips += layer.flips
     dist.all_reduce(loss)
+    dist.all_reduce(flips)
     norm = gradient_norm(model.parameters())
     gradients = whole_tensors(model, gradient=True)
     before = whole_tensors(model, gradient=False)
     optimizer.step()
     updates = {name: value - before[name] for name, value in whole_tensors(model, gradient=False).items()}
-    return Measurement(float(loss) / mesh.tp_size, norm, gradients, updates, made)
+    return Measurement(float(loss) / mesh.tp_size, norm, gradients, updates, made, int(flips))
 
 
 def _share_of(chosen: Tensor, batch: dict[str, Tensor], model: HybridModel) -> Tensor:
@@ -123,9 +133,7 @@ def whole_tensors(model: nn.Module, gradient: bool) -> dict[str, Tensor]:
         value = parameter.grad if gradient else parameter.detach()
         if not isinstance(value, DTensor):
             raise ConfigError(f"verify: {name} has no gradient on rank {dist.get_rank()}: it took no part in the step")
-        for key, entry in split_bank(value, part, name).items():
-            assert isinstance(entry, DTensor)
-            tensors[key] = entry.full_tensor().cpu().clone()
+        tensors.update({key: entry.cpu().clone() for key, entry in whole_entries(value, part, name).items()})
     return tensors
 
 
@@ -141,6 +149,8 @@ def compare(actual: Measurement, expected: Measurement, dtype: torch.dtype) -> l
         if quantity in tolerance:
             worst, where = _worst(ours, theirs, precision)
             lines.append(Line(precision, quantity, worst, tolerance[quantity], where))
+    if expected.choices:
+        lines.append(Line(precision, "expert choices", actual.flips, 0.0, ""))
     return lines
 
 
@@ -174,8 +184,10 @@ def verification(config: RunConfig, world_size: int) -> RunConfig:
     if config.engine == "deepspeed":
         raise ConfigError("verify: DeepSpeed has no float64, in which a plan is proven; verify it with engine=fsdp2")
     config.model.check(config.mesh.tp)
-    mesh = config.mesh.resolve(world_size) if config.mesh.dp_shard == -1 else config.mesh
-    mesh = replace(mesh, dp_replicate=min(2, mesh.dp_replicate), dp_shard=min(2, mesh.dp_shard))
+    config.model.check_experts(config.mesh)
+    given = config.mesh
+    asked = world_size if given.dp_shard == -1 else given.dp_replicate * given.dp_shard * given.cp * given.tp
+    mesh = cap_data_axes(given.resolve(asked))
     needed = mesh.dp_replicate * mesh.dp_shard * mesh.cp * mesh.tp
     if needed > MAX_PROCESSES:
         raise ConfigError(
@@ -189,6 +201,19 @@ def verification(config: RunConfig, world_size: int) -> RunConfig:
     data = replace(small.data, seq_len=seq_len, global_batch=rows, micro_batch=3)
     # A wider start than training's, so that every part of every layer matters to the loss.
     return replace(small, data=data, model=replace(small.model, init_std=0.1))
+
+
+def cap_data_axes(mesh: MeshConfig) -> MeshConfig:
+    """Data-parallel axes of at most two: replicas, expert-parallel ranks, and ranks that share the same experts."""
+    ranks = mesh.dp_shard * mesh.cp
+    ep = next(n for n in range(min(2, mesh.ep), mesh.ep + 1) if mesh.ep % n == 0)
+    sharing = min(2, ranks // mesh.ep)
+    fitting = [
+        shard
+        for shard in range(min(2, mesh.dp_shard), mesh.dp_shard + 1)
+        if shard * mesh.cp % ep == 0 and shard * mesh.cp // ep >= sharing
+    ]
+    return replace(mesh, dp_replicate=min(2, mesh.dp_replicate), dp_shard=fitting[0], ep=ep)
 
 
 def verify_config(config: RunConfig, world_size: int) -> tuple[RunConfig, list[Line]]:
@@ -217,6 +242,7 @@ def certificate(plan: RunConfig, lines: Sequence[Line]) -> str:
     """The certificate as a person reads it."""
     mesh = plan.mesh
     axes = f"dp_replicate {mesh.dp_replicate} × dp_shard {mesh.dp_shard} × cp {mesh.cp} × tp {mesh.tp}"
+    axes += f", of which ep {mesh.ep}" if mesh.ep > 1 else ""
     head = [
         f"plan: {axes} (+ sequence parallelism) against one process, gloo on the CPU",
         f"model: {plan.model.pattern}, d_model {plan.model.d_model}, {', '.join(plan.model.modalities)}",

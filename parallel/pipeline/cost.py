@@ -16,7 +16,7 @@ from ..kinds.base import Kind, Load, Work
 from ..kinds.mamba import MambaConfig, placed
 from ..mesh import ContextConfig, MeshConfig
 from ..model import ModelConfig, norm_part
-from ..parts import Part
+from ..parts import EXPERTS, Part
 from ..recompute import RecomputeConfig
 from ..volume import Volume, ends_volume, layer_volume
 from .devices import Device, collective_seconds
@@ -219,8 +219,10 @@ def end_parts(model: ModelConfig, stage: Stage) -> dict[str, Part]:
     return {f"{name}.weight": parts[f"{name}.weight"] for name in names}
 
 
-def local_numel(part: Part, tp: int) -> int:
-    return part.numel if part.tp_dim is None else part.numel // tp
+def local_numel(part: Part, tp: int, ep: int = 1) -> int:
+    """Elements of a part's shard over tp, of experts also over ep."""
+    numel = part.numel if part.tp_dim is None else part.numel // tp
+    return numel // ep if part.suffix == EXPERTS else numel
 
 
 def sharded_numel(part: Part, tp: int, ranks: int) -> int:
@@ -260,7 +262,7 @@ def layer_cost(model: ModelConfig, index: int, setting: Setting, timing: Timing)
         saved=kept if repeats else whole,
         # Gradients of what a layer keeps are about as large as it, and live while its backward runs.
         workspace=whole + (max(0.0, whole - kept) if repeats else 0.0),
-        parameters=sum(local_numel(part, load.tp) for part in parts),
+        parameters=sum(local_numel(part, load.tp, mesh.ep) for part in parts),
     )
 
 
