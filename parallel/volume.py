@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 
 from .kinds.attention import AttentionConfig
 from .kinds.mamba import MambaConfig
+from .kinds.moe import MoEConfig
 from .layout import HALO
 from .mesh import ContextConfig, MeshConfig
 from .model import ModelConfig
@@ -63,9 +64,9 @@ def ends_volume(config: ModelConfig, mesh: MeshConfig, n_tokens: int, itemsize: 
 
 def layer_volume(
     config: ModelConfig, index: int, mesh: MeshConfig, context: ContextConfig, n_tokens: int, itemsize: int = 4
-) -> tuple[Volume, Volume]:
-    """What one layer sends over tp, and over cp."""
-    over_tp, over_cp = Volume(), Volume()
+) -> tuple[Volume, Volume, Volume]:
+    """What one layer sends over tp, over cp, and over ep (there when routing is even)."""
+    over_tp, over_cp, over_ep = Volume(), Volume(), Volume()
     if mesh.tp > 1:
         over_tp.add("all_gather", n_tokens // mesh.cp * config.d_model, itemsize)
         over_tp.add("reduce_scatter", n_tokens // mesh.cp * config.d_model, itemsize)
@@ -77,7 +78,9 @@ def layer_volume(
             _mamba(over_cp, config, layer, mesh, context, n_tokens, itemsize)
     elif isinstance(layer, AttentionConfig) and mesh.cp > 1:
         _attention(over_cp, layer, mesh, context, n_tokens, itemsize)
-    return over_tp, over_cp
+    elif isinstance(layer, MoEConfig) and mesh.ep > 1:  # rows there and back
+        over_ep.add("all_to_all", n_tokens // mesh.cp * layer.top_k * config.d_model, itemsize, 2)
+    return over_tp, over_cp, over_ep
 
 
 def _mamba(

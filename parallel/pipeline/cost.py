@@ -179,8 +179,8 @@ class Cost:
 
     Attributes:
         forward, inputs, weights: seconds of computation; `inputs` holds what recompute repeats.
-        tensor, context: seconds of collectives over tp and cp in the forward.
-        tensor_back, context_back: the same of the backward, repeated forwards included.
+        tensor, context, experts: seconds of collectives over tp, cp and ep in the forward.
+        tensor_back, context_back, experts_back: the same of the backward, repeated forwards included.
         saved: bytes kept for backward under the choice of recompute.
         workspace: bytes that its backward needs besides, among them what recompute restores.
         parameters: of this rank's tensor-parallel shard.
@@ -193,6 +193,8 @@ class Cost:
     context: float
     tensor_back: float
     context_back: float
+    experts: float
+    experts_back: float
     saved: float
     workspace: float
     parameters: float
@@ -200,8 +202,16 @@ class Cost:
     @property
     def total(self) -> float:
         """Seconds of forward and backward, communication included."""
-        computation = self.forward + self.inputs + self.weights
-        return computation + self.tensor + self.context + self.tensor_back + self.context_back
+        return self.forward + self.inputs + self.weights + self.sent + self.sent_back
+
+    @property
+    def sent(self) -> float:
+        """Seconds of all collectives of the forward."""
+        return self.tensor + self.context + self.experts
+
+    @property
+    def sent_back(self) -> float:
+        return self.tensor_back + self.context_back + self.experts_back
 
 
 def layer_parts(kind: Kind, config: Any, model: ModelConfig, tp: int) -> dict[str, Part]:
@@ -241,9 +251,10 @@ def layer_cost(model: ModelConfig, index: int, setting: Setting, timing: Timing)
     kind, config = model.layer(index)
     load, choice, mesh = setting.load(index), getattr(setting.recompute, kind.section), setting.mesh
     seconds = timing.layer(kind, config, model, load)
-    over_tp, over_cp = layer_volume(model, index, mesh, setting.context, setting.tokens, setting.itemsize)
+    over_tp, over_cp, over_ep = layer_volume(model, index, mesh, setting.context, setting.tokens, setting.itemsize)
     tensor = link_seconds(over_tp, mesh.tp, mesh.tp, timing.device)
     context = link_seconds(over_cp, mesh.cp, mesh.tp * mesh.cp, timing.device)
+    experts = link_seconds(over_ep, mesh.ep, mesh.tp * mesh.ep, timing.device) * load.busiest
     whole, kept, again = mixer_and_block(kind, config, model, load), block_input(model, load), 0.0
     if choice == "selective":
         kept, again = kept + kind.kept(config, model.shape, load), seconds.partly
@@ -259,6 +270,8 @@ def layer_cost(model: ModelConfig, index: int, setting: Setting, timing: Timing)
         context=context,
         tensor_back=tensor * (1.5 if repeats else 1.0),  # the repetition gathers again, and stops before it scatters
         context_back=context * (2.0 if repeats else 1.0),
+        experts=experts,
+        experts_back=experts * (2.0 if repeats else 1.0),
         saved=kept if repeats else whole,
         # Gradients of what a layer keeps are about as large as it, and live while its backward runs.
         workspace=whole + (max(0.0, whole - kept) if repeats else 0.0),
@@ -290,6 +303,8 @@ def end_cost(model: ModelConfig, stage: Stage, setting: Setting, timing: Timing)
         context=0.0,
         tensor_back=tensor,
         context_back=0.0,
+        experts=0.0,
+        experts_back=0.0,
         saved=saved,
         workspace=workspace,
         parameters=sum(local_numel(part, load.tp) for part in end_parts(model, stage).values()),

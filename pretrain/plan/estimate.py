@@ -311,8 +311,8 @@ def _stage_times(costs: Sequence[Sequence[Cost]], ends: Sequence[Cost]) -> list[
     """Seconds of each stage's F, I and W; collectives of the backward belong to I."""
     return [
         StageTime(
-            sum(c.forward + c.tensor + c.context for c in (*layers, end)),
-            sum(c.inputs + c.tensor_back + c.context_back for c in (*layers, end)),
+            sum(c.forward + c.sent for c in (*layers, end)),
+            sum(c.inputs + c.sent_back for c in (*layers, end)),
             sum(c.weights for c in (*layers, end)),
         )
         for layers, end in zip(costs, ends, strict=True)
@@ -346,6 +346,7 @@ def _parts_of_step(
         return {
             "computation": count * sum(c.forward + c.inputs + c.weights for c in all_costs),
             "tensor parallel": count * sum(c.tensor + c.tensor_back for c in all_costs),
+            "expert parallel": count * sum(c.experts + c.experts_back for c in all_costs),
             "context parallel": count * sum(c.context + c.context_back for c in all_costs),
         }
 
@@ -388,8 +389,8 @@ def exposed_sharding(
     for layers, end in mine:
         exposed += count * (gather(end.parameters) + scatter(end.parameters))
         for cost, following in zip(layers, (*layers[1:], end), strict=True):
-            forward = cost.forward + cost.tensor + cost.context
-            backward = cost.inputs + cost.weights + cost.tensor_back + cost.context_back
+            forward = cost.forward + cost.sent
+            backward = cost.inputs + cost.weights + cost.sent_back
             exposed += count * max(0.0, gather(following.parameters) - forward)
             exposed += count * max(0.0, gather(cost.parameters) + scatter(following.parameters) - backward)
         exposed += count * (gather(layers[0].parameters) + scatter(layers[0].parameters))

@@ -8,6 +8,7 @@ from .estimate import Estimate
 from .search import Search, overrides, why_not
 
 GIB = 2**30
+COMMUNICATION = ("tensor parallel", "context parallel", "expert parallel", "data parallel")
 SHORT = {
     "parameters": "params",
     "gradients": "grads",
@@ -61,7 +62,7 @@ def table(found: Estimate, name: str, source: str) -> str:
     lines.append(
         f"{rate:,.0f} tokens/s ({rate / config.mesh.n_processes:,.0f} per GPU), MFU {found.mfu:.1%}, pipeline idle "
         f"{found.timeline.bubble:.1%} of all ranks' time, exposed communication "
-        f"{sum(found.parts[k] for k in ('tensor parallel', 'context parallel', 'data parallel')) / seconds:.1%}"
+        f"{sum(found.parts[k] for k in COMMUNICATION) / seconds:.1%}"
     )
     if config.mesh.pp > 1:
         cuts = ", ".join(
