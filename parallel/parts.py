@@ -195,7 +195,7 @@ def materialise(module: nn.Module, prefix: str, mesh: Mesh, seed: int, dtype: to
 
 
 def initial_shard(part: Part, name: str, mesh: Mesh, seed: int) -> Tensor:
-    """This rank's tensor-parallel shard of a part, its entries of a bank stacked, on the mesh's device."""
+    """This rank's tensor- and expert-parallel shard of a whole part, banks stacked, on the mesh's device."""
     entries = [initial_values(part, key, seed, mesh.tp_rank, mesh.tp_size) for key in part.own_entries(name, mesh)]
     return (torch.stack(entries) if part.entries else entries[0]).to(mesh.device)
 

@@ -48,8 +48,9 @@ def check_routers(engine: Engine, norm: float) -> None:
             weight = layer.router.weight
             shard = weight.to_local() if isinstance(weight, DTensor) else weight
             mine[place] = torch.stack((layer.unsound, (~shard.isfinite()).any().to(layer.unsound.dtype)))
-    everyone = mine.new_empty(dist.get_world_size(), *mine.shape)
-    dist.all_gather_into_tensor(everyone, mine)
+    gathered = mine.new_empty(dist.get_world_size() * len(configs), 2)
+    dist.all_gather_into_tensor(gathered, mine)
+    everyone = gathered.view(-1, *mine.shape)
     for place, index in enumerate(configs):
         tokens = everyone[:, place, 0].tolist()
         ranks = [f"rank {rank} ({int(count)} tokens)" for rank, count in enumerate(tokens) if count]

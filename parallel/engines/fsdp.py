@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -82,17 +81,25 @@ def _shard(module: nn.Module, mesh: Mesh, policy: MixedPrecisionPolicy) -> None:
     Experts that lie on ranks of their own form a group of their own, and so do routers where the rest is rounded.
     """
     placement = fsdp_placement(module)
-    reshard = False if mesh.pp_size > 1 else None
-    how: dict[str, Any] = {"shard_placement_fn": placement.get, "reshard_after_forward": reshard}
     banks: list[nn.Module] = [
         inner for inner in module.modules() if isinstance(inner, Bank) and not isinstance(inner, FSDPModule)
     ]
+    reshard = False if mesh.pp_size > 1 else None
     if banks and mesh.experts is not None:
-        fully_shard(banks, mesh=mesh.expert_fsdp, mp_policy=policy, **how)
+        fully_shard(
+            banks,
+            mesh=mesh.expert_fsdp,
+            mp_policy=policy,
+            shard_placement_fn=placement.get,
+            reshard_after_forward=reshard,
+        )
     for inner in list(module.modules()):
         if isinstance(inner, Router) and policy.param_dtype is not None and not isinstance(inner, FSDPModule):
-            fully_shard(inner, mesh=mesh.fsdp, mp_policy=MixedPrecisionPolicy(cast_forward_inputs=False), **how)
-    fully_shard(module, mesh=mesh.fsdp, mp_policy=policy, **how)
+            exact = MixedPrecisionPolicy(cast_forward_inputs=False)
+            fully_shard(inner, mesh=mesh.fsdp, mp_policy=exact, reshard_after_forward=reshard)
+    fully_shard(
+        module, mesh=mesh.fsdp, mp_policy=policy, shard_placement_fn=placement.get, reshard_after_forward=reshard
+    )
 
 
 def _check_banks(model: HybridModel, mesh: Mesh) -> None:

@@ -110,8 +110,9 @@ class Bank(PartModule):
 class MoE(Mixer):
     """This rank's experts, with its columns of their inner width; the choice of experts is the same on all tp ranks.
 
-    Buffers: `selection_bias` [E] and `expert_load` [M, E], the choices of the last step over all ranks by modality of
-    the token, are kept in checkpoints; what a step gathers on this rank (`load`, `unsound`, `terms`) is not.
+    Buffers: `selection_bias` [E] belongs to the model; `expert_load` [M, E], the choices of the last step over all
+    ranks by modality of the token, is kept in checkpoints beside the optimizer's state; what a step gathers here
+    (`load`, `unsound`, `terms`) is kept nowhere.
     """
 
     config: MoEConfig
@@ -122,7 +123,7 @@ class MoE(Mixer):
         check_experts(config, mesh.ep_size)
         loads = (len(shape.modalities), config.n_experts)
         self.register_buffer("selection_bias", torch.zeros(config.n_experts))
-        self.register_buffer("expert_load", torch.zeros(loads))
+        self.register_buffer("expert_load", torch.zeros(loads), persistent=False)
         self.register_buffer("load", torch.zeros(loads), persistent=False)
         self.register_buffer("unsound", torch.zeros(()), persistent=False)  # logits that are not finite
         self.register_buffer("terms", torch.zeros(3), persistent=False)  # Σ over tokens: aux_sequence, aux_global, z

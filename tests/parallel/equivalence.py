@@ -37,8 +37,8 @@ def gradients(
     dtype: torch.dtype,
     absent: tuple[int, ...],
     context: ContextConfig | None = None,
-    bias: tuple[float, ...] = (),
     count: int = len(DOCUMENTS),
+    bias: tuple[float, ...] = (),
 ) -> tuple[float, float, dict[str, Tensor]]:
     """Loss, gradient norm and whole gradients of one step over all micro-batches, split over data-parallel ranks.
 
@@ -60,14 +60,6 @@ def gradients(
     return float(loss) / mesh.tp_size, gradient_norm(model.parameters()), whole_gradients([model])
 
 
-def start_experts(model: HybridModel, bias: tuple[float, ...] = ()) -> None:
-    """As if a step with uneven loads had gone before."""
-    for layer in (module for module in model.modules() if isinstance(module, MoE)):
-        layer.expert_load.copy_(torch.arange(1.0, 1 + layer.expert_load.numel()).view_as(layer.expert_load))
-        if bias:
-            layer.selection_bias.copy_(torch.tensor(bias))
-
-
 def whole_gradients(models: Iterable[HybridModel]) -> dict[str, Tensor]:
     """The gradients of this rank's stages, gathered over the stage's ranks."""
     grads: dict[str, Tensor] = {}
@@ -77,13 +69,21 @@ def whole_gradients(models: Iterable[HybridModel]) -> dict[str, Tensor]:
     return grads
 
 
+def start_experts(model: HybridModel, bias: tuple[float, ...] = ()) -> None:
+    """As if a step with uneven loads had gone before; with this selection bias where one is given."""
+    for layer in (module for module in model.modules() if isinstance(module, MoE)):
+        layer.expert_load.copy_(torch.arange(1.0, 1 + layer.expert_load.numel()).view_as(layer.expert_load))
+        if bias:
+            layer.selection_bias.copy_(torch.tensor(bias))
+
+
 def oracle(config: ModelConfig, absent: tuple[int, ...]) -> tuple[float, float, dict[str, Tensor]]:
     init_process_group("cpu")
     model = build_model(config, build_mesh(MeshConfig(), "cpu"), seed=3, dtype=torch.float64)
     tensors = {
         name: (t.full_tensor() if isinstance(t, DTensor) else t).clone() for name, t in model_tensors(model).items()
     }
-    leaves = {n: t.requires_grad_() for n, t in tensors.items() if not n.endswith(("selection_bias", "expert_load"))}
+    leaves = {n: t.requires_grad_() for n, t in tensors.items() if not n.endswith("selection_bias")}
     total = sum(float(b["loss_weight"].double().sum()) for b in batches(absent))
     loss = torch.stack([reference_loss(config, tensors, b, total) for b in batches(absent)]).sum()
     grads = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
@@ -111,8 +111,8 @@ def gradients_alone(
     config: ModelConfig,
     dtype: torch.dtype,
     absent: tuple[int, ...] = (),
-    bias: tuple[float, ...] = (),
     count: int = len(DOCUMENTS),
+    bias: tuple[float, ...] = (),
 ) -> Any:
     init_process_group("cpu")
-    return gradients(config, MeshConfig(), dtype, absent, None, bias, count)
+    return gradients(config, MeshConfig(), dtype, absent, None, count, bias)

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.distributed.tensor import Shard
 
 from equivalence import SEQ_LEN, assert_equal_gradients, gradients, gradients_alone
+from pipelines import Case, merged, pipelined
 from polylepis.parallel.engines.fsdp import build_model
 from polylepis.parallel.errors import PlanError
 from polylepis.parallel.kinds import moe as moe_module
@@ -19,6 +20,8 @@ from polylepis.parallel.kinds.moe import MoEConfig
 from polylepis.parallel.layout import Layout
 from polylepis.parallel.mesh import ContextConfig, MeshConfig, build_mesh
 from polylepis.parallel.model import ModelConfig
+from polylepis.parallel.pipeline.config import PipelineConfig
+from polylepis.parallel.recompute import RecomputeConfig
 from polylepis.parallel.routing import Journey, by_entry, dispatch, send, send_back
 from ranks import run_ranks
 from toys import ALL_ROUTED, toy, toy_batch
@@ -36,9 +39,9 @@ def model(**changes: Any) -> ModelConfig:
 def check(
     config: ModelConfig, mesh: MeshConfig, context: ContextConfig | None = None, bias: tuple[float, ...] = ()
 ) -> None:
-    expected = gradients_alone(config, torch.float64, (1,), bias)
+    expected = gradients_alone(config, torch.float64, (1,), bias=bias)
     world = mesh.dp_replicate * mesh.dp_shard * mesh.cp * mesh.tp
-    for result in run_ranks(world, gradients, config, mesh, torch.float64, (1,), context, bias, timeout=240):
+    for result in run_ranks(world, gradients, config, mesh, torch.float64, (1,), context, 4, bias, timeout=240):
         assert_equal_gradients(result, expected, 1e-9)
 
 
@@ -91,6 +94,31 @@ def test_every_router(name: str) -> None:
 )
 def test_uneven_routing(bias: tuple[float, ...], top_k: int) -> None:
     check(model(top_k=top_k), MeshConfig(dp_shard=2, ep=2), None, bias)
+
+
+PIPELINES = {
+    "pp × ep, 1f1b": Case(MeshConfig(dp_shard=2, pp=2, ep=2)),
+    "pp × ep, interleaved, recompute": Case(
+        MeshConfig(dp_shard=2, pp=2, ep=2),
+        PipelineConfig("interleaved"),
+        recompute=RecomputeConfig("full", "full", "full", "full"),
+    ),
+    "pp × ep, split backward": Case(MeshConfig(dp_shard=2, pp=2, ep=2), PipelineConfig("zbv")),
+    "pp × ep × tp": Case(MeshConfig(dp_shard=2, pp=2, tp=2, ep=2)),
+    "pp × ep × edp": Case(MeshConfig(dp_shard=4, pp=2, ep=2)),
+}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [n if n == "pp × ep, interleaved, recompute" else pytest.param(n, marks=pytest.mark.full) for n in PIPELINES],
+)
+def test_pipeline_stages(name: str) -> None:
+    """Terms made in a middle stage reach the gradients of the stages before it."""
+    config, case = toy("M*E-EM", ALL_ROUTED, moe=dataclasses.replace(MOE, **TERMS)), PIPELINES[name]
+    expected = gradients_alone(config, torch.float64, case.absent, case.count)
+    results = run_ranks(case.mesh.n_processes, pipelined, config, case, timeout=300)
+    assert_equal_gradients(merged(results), expected, 1e-9)
 
 
 def round_trip(sent_by: list[list[int]], n_entries: int) -> tuple[Tensor, Tensor, list[int]]:

@@ -156,6 +156,7 @@ def test_layer_equals_the_naive_one(name: str) -> None:
         n.removeprefix("layers.0.mixer."): (t.full_tensor() if isinstance(t, DTensor) else t).clone()
         for n, t in model_tensors(model).items()
     }
+    tensors |= {n: b.clone() for n, b in layer.named_buffers() if n == "expert_load"}
     own = {n: t.requires_grad_() if t.dtype == torch.float64 else t for n, t in tensors.items()}
     model.unshard()
     model.layers["0"].unshard()

@@ -31,7 +31,8 @@ def build(mesh: MeshConfig, seed: int, config: ModelConfig = CONFIG) -> tuple[Hy
 
 
 def whole(model: HybridModel, optimizer: torch.optim.Optimizer) -> Tensors:
-    result: Tensors = {name: buffer.clone() for name, buffer in model.state_dict().items() if "expert_load" in name}
+    result: Tensors = {name: load.clone() for name, load in model.named_buffers() if name.endswith("expert_load")}
+    assert result
     for name, parameter, part in named_parts(model):
         for key, value in {"": parameter, **optimizer.state[parameter]}.items():
             if isinstance(value, DTensor):
