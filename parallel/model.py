@@ -186,7 +186,7 @@ class Block(PartModule):
     ) -> None:
         super().__init__()
         self.eps, self.mesh = shape.norm_eps, mesh
-        self.run = recomputed(self._run, kind.section, recompute or RecomputeConfig())
+        self.run = recomputed(self._run, kind.section, shape.d_model, recompute or RecomputeConfig())
         self.norm = PartModule()
         add_part(self, "norm.weight", norm_part(shape.d_model), mesh)
         self.mixer: Mixer = kind.mixer(config, shape, mesh, kind.parts(config, shape))
