@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 
 from ...parallel.mesh import MeshConfig
@@ -18,6 +18,7 @@ from ...parallel.pipeline.cost import (
     end_parts,
     layer_costs,
     layer_parts,
+    layer_seconds,
     sharded_numel,
 )
 from ...parallel.pipeline.devices import collective_seconds
@@ -26,6 +27,7 @@ from ...parallel.pipeline.simulate import StageTime, Timeline, simulate
 from ...parallel.pipeline.stage import Stage, whole_model
 from ..config import RunConfig
 from ..errors import ConfigError
+from ..prepare import stages_of
 
 RESERVE = 0.06  # of a GPU's memory: CUDA context, communication buffers, fragmentation. An assumption.
 METADATA = 72  # bytes per token of a prepared micro-batch: tokens, labels, weights, modalities, routes, positions
@@ -202,6 +204,7 @@ def price(
     timing: Timing,
     memory_limit: float | None = None,
     assumptions: Assumptions | None = None,
+    recut: bool = False,
 ) -> Priced:
     """What a plan's layers cost, where it is cut, and whether it fits.
 
@@ -209,6 +212,7 @@ def price(
         config: its mesh must be resolved (`MeshConfig.resolve`).
         timing: a roofline or measurements.
         memory_limit: bytes of one GPU; None takes the device's.
+        recut: cut the stages by what `timing` says of this device, not as a run would that is not told where.
 
     Raises:
         PlanError, ConfigError: the plan cannot be built.
@@ -222,10 +226,11 @@ def price(
     if mesh.pp > 1:
         check_split_backward(model, config.pipeline, config.recompute)
         name, chunks = config.pipeline.schedule, config.pipeline.chunks_per_rank
-        seconds = [cost.total for cost in layers]
-        for place, stage in ((0, Stage(0, 2, 0, n)), (-1, Stage(1, 2, 0, n))):
-            seconds[place] += end_cost(model, stage, setting, timing).total
-        stages = cut_stages(model, config.pipeline, mesh.pp, seconds)
+        if recut:
+            pipeline = replace(config.pipeline, cuts=())
+            stages = cut_stages(model, pipeline, mesh.pp, layer_seconds(model, setting, timing))
+        else:
+            stages = stages_of(config, mesh.pp)
     schedule = build_schedule(name, mesh.pp, count, chunks)
     costs = [[layers[index] for index in stage.layers] for stage in stages]
     ends = [end_cost(model, stage, setting, timing) for stage in stages]

@@ -248,7 +248,7 @@ def predicted_step(config: RunConfig, world_size: int) -> dict[str, float]:
     config = replace(config, mesh=config.mesh.resolve(world_size))
     try:
         found = estimate(config, measured_timing(times))
-    except PlanError:
-        return {}  # a model of other sizes than those measured
+    except (PlanError, ConfigError):
+        return {}  # a model of other sizes than those measured, or a batch that does not divide
     handled = times.prepare * found.timeline.schedule.n_micro_batches
     return {"predicted_step_seconds": found.seconds + handled, "predicted_bubble": found.timeline.bubble}

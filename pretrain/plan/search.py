@@ -123,16 +123,15 @@ def fit_recompute(
     """
     present = [kind for kind in KINDS if any(SECTIONS[s] == kind for s in plan.model.symbols)]
     plan = replace(plan, recompute=RecomputeConfig())
-    found = price(plan, timing, memory_limit, assumptions)
+    found = price(plan, timing, memory_limit, assumptions, recut=True)
     while not found.fits:
         steps: list[tuple[float, int, Priced]] = []
         for kind in present:
             now = getattr(plan.recompute, kind)
             for choice in {"none": ("selective", "full"), "selective": ("full",), "full": ()}[now]:
                 changed: Any = {kind: choice}
-                other = price(
-                    replace(plan, recompute=replace(plan.recompute, **changed)), timing, memory_limit, assumptions
-                )
+                again = replace(plan, recompute=replace(plan.recompute, **changed))
+                other = price(again, timing, memory_limit, assumptions, recut=True)
                 freed, slower = found.peak - other.peak, max(1e-9, other.seconds - found.seconds)
                 if freed > 0:
                     steps.append((freed / slower, len(steps), other))
