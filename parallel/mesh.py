@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
@@ -71,8 +72,9 @@ class MeshConfig:
 
     @property
     def n_processes(self) -> int:
-        """The product of the axes; `dp_shard: -1` counts as 1."""
-        return self.pp * self.dp_replicate * max(1, self.dp_shard) * self.cp * self.tp
+        """The product of the axes; `dp_shard: -1` counts as the fewest that ep allows."""
+        shard = self.ep // math.gcd(self.ep, self.cp) if self.dp_shard == -1 else self.dp_shard
+        return self.pp * self.dp_replicate * shard * self.cp * self.tp
 
 
 @dataclass(frozen=True)
