@@ -17,23 +17,22 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from ..data.stream import Stream
-from ..parallel.engines.fsdp import build_model, gradient_norm
 from ..parallel.kinds.moe import MoE
-from ..parallel.layout import Layout
 from ..parallel.mesh import Mesh, MeshConfig, build_mesh
 from ..parallel.model import HybridModel
 from ..parallel.parts import named_parts, whole_entries
+from ..parallel.recompute import RecomputeConfig
 from .config import RunConfig, load_config, to_yaml
 from .errors import ConfigError
-from .objectives.next_token import next_token
-from .optim import build_optimizer
 from .prepare import check_run, open_data
 from .shrink import shrink
 from .spawn import run_workers
+from .train import build_engine
+from .witness import Choices, Witness
 
 MAX_PROCESSES = 16
 TOLERANCE = {
@@ -42,7 +41,6 @@ TOLERANCE = {
 }
 # How far a score may lie from the reference's: a replayed choice that this does not explain is a fault, not a tie.
 MARGIN = {torch.float64: 1e-11, torch.float32: 1e-4}
-Choices = dict[str, list[Tensor]]
 
 
 @dataclass
@@ -85,56 +83,43 @@ def measure(config: RunConfig, mesh: Mesh, dtype: torch.dtype, choices: Choices 
     Args:
         choices: expert choices to replay, by layer and global micro-batch.
     """
-    model = build_model(config.model, mesh, seed=config.seed, dtype=dtype)
-    optimizer = build_optimizer(config.optim, model)
     stream = Stream(open_data(config), config.data, dp_rank=mesh.dp_rank, dp_size=mesh.dp_size)
     data = stream.next()
-    sums = torch.zeros(len(config.model.modalities), dtype=dtype, device=mesh.device)
-    loss = torch.zeros((), dtype=dtype, device=mesh.device)
-    flips = torch.zeros((), dtype=torch.int64, device=mesh.device)
-    experts = {name: module for name, module in model.named_modules() if isinstance(module, MoE)}
-    for layer in experts.values():  # the global balancing term looks at the loads of the step before
+    witness = Witness(choices, mesh.dp_rank * len(data.micro_batches), MARGIN[dtype])
+    engine = build_engine(config, mesh, witness, dtype)
+    for layer in (module for model in engine.models for module in model.modules() if isinstance(module, MoE)):
+        # The global balancing term looks at the loads of the step before.
         layer.expert_load.copy_(torch.arange(1.0, 1 + layer.expert_load.numel()).view_as(layer.expert_load))
-    made: Choices = {name: [] for name in experts}
-    for number, batch in enumerate(data.micro_batches):
-        at = mesh.dp_rank * len(data.micro_batches) + number
-        for name, layer in experts.items():
-            layer.replay = None if choices is None else _share_of(choices[name][at], batch, model)
-            layer.replay_margin = MARGIN[dtype]
-        output = next_token(model, batch, data.total_weight)
-        output.loss.backward()
-        loss += output.loss.detach()
-        sums += output.sums
-        for name, layer in experts.items():
-            assert layer.chosen is not None
-            made[name].append(layer.chosen)
-            flips += layer.flips
+    witness.watch(engine.models)
+    engine.accumulate(data.micro_batches, data.total_weight)
+    loss = witness.loss(torch.zeros((), dtype=dtype, device=mesh.device))
+    flips = torch.tensor(witness.flips, device=mesh.device)
     dist.all_reduce(loss)
     dist.all_reduce(flips)
-    norm = gradient_norm(model.parameters())
-    gradients = whole_tensors(model, gradient=True)
-    before = whole_tensors(model, gradient=False)
-    optimizer.step()
-    updates = {name: value - before[name] for name, value in whole_tensors(model, gradient=False).items()}
-    return Measurement(float(loss) / mesh.tp_size, norm, gradients, updates, made, int(flips))
+    norm = engine.gradient_norm()
+    gradients = whole_tensors(engine.models, gradient=True)
+    before = whole_tensors(engine.models, gradient=False)
+    assert isinstance(engine.optimizer, torch.optim.Optimizer)
+    engine.optimizer.step()
+    updates = {name: value - before[name] for name, value in whole_tensors(engine.models, gradient=False).items()}
+    return Measurement(float(loss) / mesh.tp_size, norm, gradients, updates, witness.made, int(flips))
 
 
-def _share_of(chosen: Tensor, batch: dict[str, Tensor], model: HybridModel) -> Tensor:
-    """Of the choices [T, k] for a micro-batch, those for this context-parallel rank's tokens."""
-    return Layout.from_batch(batch, len(model.config.modalities), model.mesh).mine(chosen)
-
-
-def whole_tensors(model: nn.Module, gradient: bool) -> dict[str, Tensor]:
-    """Every logical parameter, or its gradient, gathered: by name, on the CPU."""
+def whole_tensors(models: Sequence[HybridModel], gradient: bool) -> dict[str, Tensor]:
+    """Every logical parameter of all stages, or its gradient, gathered: by name, on the CPU."""
     # It advises flattened meshes for speed; this gathers once, for a comparison.
     logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
     tensors: dict[str, Tensor] = {}
-    for name, parameter, part in named_parts(model):
+    for name, parameter, part in (entry for model in models for entry in named_parts(model)):
         value = parameter.grad if gradient else parameter.detach()
         if not isinstance(value, DTensor):
             raise ConfigError(f"verify: {name} has no gradient on rank {dist.get_rank()}: it took no part in the step")
         tensors.update({key: entry.cpu().clone() for key, entry in whole_entries(value, part, name).items()})
-    return tensors
+    mesh = models[0].mesh
+    stages: list[dict[str, Tensor]] = [tensors] * mesh.pp_size
+    if mesh.pp_size > 1:
+        dist.all_gather_object(stages, tensors, group=mesh.pp_group)
+    return {name: tensor for stage in stages for name, tensor in stage.items()}
 
 
 def compare(actual: Measurement, expected: Measurement, dtype: torch.dtype) -> list[Line]:
@@ -186,17 +171,19 @@ def verification(config: RunConfig, world_size: int) -> RunConfig:
     config.model.check(config.mesh.tp)
     config.model.check_experts(config.mesh)
     given = config.mesh
-    asked = world_size if given.dp_shard == -1 else given.dp_replicate * given.dp_shard * given.cp * given.tp
+    asked = world_size if given.dp_shard == -1 else given.n_processes
     mesh = cap_data_axes(given.resolve(asked))
-    needed = mesh.dp_replicate * mesh.dp_shard * mesh.cp * mesh.tp
-    if needed > MAX_PROCESSES:
+    if mesh.n_processes > MAX_PROCESSES:
+        stages = f"pp {mesh.pp} × " if mesh.pp > 1 else ""
         raise ConfigError(
-            f"verify: cp {mesh.cp} × tp {mesh.tp} with dp_replicate {mesh.dp_replicate} × dp_shard {mesh.dp_shard} "
-            f"needs {needed} processes on this machine, more than {MAX_PROCESSES}; override an axis, such as mesh.cp=2"
+            f"verify: {stages}cp {mesh.cp} × tp {mesh.tp} with dp_replicate {mesh.dp_replicate} × dp_shard "
+            f"{mesh.dp_shard} needs {mesh.n_processes} processes on this machine, more than {MAX_PROCESSES}; override "
+            f"an axis, such as mesh.cp=2"
         )
     small = shrink(config, steps=1, mesh=mesh)
-    # Three rows to a micro-batch: context ranks are then cut inside rows, and hold starts of others.
-    rows = 2 * 3 * mesh.dp_replicate * mesh.dp_shard
+    # Three rows to a micro-batch: context ranks are then cut inside rows, and hold starts of others. Twice as many
+    # micro-batches as pipeline ranks suit every schedule.
+    rows = 2 * mesh.pp * 3 * mesh.dp_replicate * mesh.dp_shard
     seq_len = 8 * mesh.cp * mesh.tp * -(-64 // (8 * mesh.cp * mesh.tp))
     data = replace(small.data, seq_len=seq_len, global_batch=rows, micro_batch=3)
     # A wider start than training's, so that every part of every layer matters to the loss.
@@ -220,11 +207,11 @@ def verify_config(config: RunConfig, world_size: int) -> tuple[RunConfig, list[L
     """Run both sides, in processes of their own; the verified plan and its certificate."""
     plan = verification(config, world_size)
     mesh = plan.mesh
-    processes = mesh.dp_replicate * mesh.dp_shard * mesh.cp * mesh.tp
+    processes = mesh.n_processes
     check_run(plan, processes)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        alone = replace(plan, mesh=MeshConfig(dp_shard=1))
+        alone = replace(plan, mesh=MeshConfig(dp_shard=1), recompute=RecomputeConfig())
         for name, side in (("one", alone), ("plan", plan)):
             (folder / f"{name}.yaml").write_text(to_yaml(side))
         module = "polylepis.pretrain.verify"
@@ -242,6 +229,7 @@ def certificate(plan: RunConfig, lines: Sequence[Line]) -> str:
     """The certificate as a person reads it."""
     mesh = plan.mesh
     axes = f"dp_replicate {mesh.dp_replicate} × dp_shard {mesh.dp_shard} × cp {mesh.cp} × tp {mesh.tp}"
+    axes = f"pp {mesh.pp} ({plan.pipeline.schedule}) × {axes}" if mesh.pp > 1 else axes
     axes += f", of which ep {mesh.ep}" if mesh.ep > 1 else ""
     head = [
         f"plan: {axes} (+ sequence parallelism) against one process, gloo on the CPU",

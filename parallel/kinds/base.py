@@ -137,3 +137,8 @@ def flat(x_bsD: Tensor) -> Tensor:
 
 def squared_relu(x: Tensor) -> Tensor:
     return torch.relu(x).square()
+
+
+def skip(y: Tensor, x: Tensor, D_H: Tensor) -> Tensor:
+    """y + D·x, both […, H, P]."""
+    return y + (x * D_H[:, None]).to(y.dtype)

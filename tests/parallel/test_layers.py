@@ -252,8 +252,9 @@ def test_context_refusals(context: ContextConfig, message: str) -> None:
 def test_mesh_refusals() -> None:
     with pytest.raises(PlanError, match=r"× tp 3 = 3 processes, but the world size is 4; the nearest that fits is 3"):
         MeshConfig(tp=3).resolve(4)
-    with pytest.raises(PlanError, match="pp 2: this version has no pipeline stages"):
-        MeshConfig(pp=2).resolve(2)
+    with pytest.raises(PlanError, match="pp 2 × dp_replicate 1 × dp_shard 2 × cp 1 × tp 1 = 4 processes"):
+        MeshConfig(pp=2, dp_shard=2).resolve(8)
+    assert MeshConfig(pp=2).resolve(8) == MeshConfig(pp=2, dp_shard=4)
     with pytest.raises(PlanError, match="every axis is ≥ 1"):
         MeshConfig(tp=0).resolve(1)
     assert MeshConfig(tp=2, cp=2).resolve(8) == MeshConfig(dp_replicate=1, dp_shard=2, cp=2, tp=2)
