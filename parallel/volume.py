@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 
 from .kinds.attention import AttentionConfig
 from .kinds.mamba import MambaConfig
+from .kinds.moe import MoEConfig
 from .layout import HALO
 from .mesh import ContextConfig, MeshConfig
 from .model import ModelConfig
@@ -36,7 +37,10 @@ class Volume:
 def forward_volume(
     config: ModelConfig, mesh: MeshConfig, context: ContextConfig, n_tokens: int, itemsize: int = 4
 ) -> Volume:
-    """Collectives of tensor, sequence and context parallelism in the forward of one micro-batch, seen by one rank.
+    """Collectives of tensor, sequence, context and expert parallelism in a micro-batch's forward, seen by one rank.
+
+    The rows that experts receive depend on the routing: here it is even, which is also the mean over ranks.
+    Balancing terms and capacities that add counts up over context ranks are left out.
 
     Args:
         n_tokens: tokens of the micro-batch, all context ranks together.
@@ -56,6 +60,9 @@ def forward_volume(
             _mamba(volume, config, layer, mesh, context, n_tokens, itemsize)
         elif isinstance(layer, AttentionConfig) and mesh.cp > 1:
             _attention(volume, layer, mesh, context, n_tokens, itemsize)
+        elif isinstance(layer, MoEConfig) and mesh.ep > 1:
+            volume.add("all_to_all", layer.n_experts, 8)  # counts
+            volume.add("all_to_all", local * layer.top_k * config.d_model, itemsize, 2)  # rows, there and back
     return volume
 
 
