@@ -19,7 +19,7 @@ from .kinds.attention import AttentionConfig
 from .kinds.base import Mixer, NewTokens, Shape
 from .kinds.mamba import MambaConfig
 from .kinds.mlp import MLPConfig
-from .kinds.moe import MoEConfig
+from .kinds.moe import MoEConfig, check_experts
 from .layout import Layout
 from .megatron import gather_sequence, scatter_sum_sequence
 from .mesh import ContextConfig, Mesh, MeshConfig
@@ -136,6 +136,18 @@ class ModelConfig:
                 share_heads(layer.n_heads(self.shape) // mesh.tp, groups, mesh.cp, "context.mamba: heads")
             elif isinstance(layer, AttentionConfig) and context.attention == "heads":
                 share_heads(layer.n_heads // mesh.tp, layer.n_kv_heads // mesh.tp, mesh.cp, "context.attention: heads")
+
+    def check_experts(self, mesh: MeshConfig) -> None:
+        """Refuse experts that cannot be dealt out over the expert-parallel ranks.
+
+        Raises:
+            PlanError: with the numbers.
+        """
+        layers = [layer for _, layer in map(self.layer, range(len(self.symbols))) if isinstance(layer, MoEConfig)]
+        if mesh.ep > 1 and not layers:
+            raise PlanError(f"mesh: ep {mesh.ep}, but the pattern {self.pattern} has no expert layer E")
+        for layer in layers:
+            check_experts(layer, mesh.ep)
 
 
 def norm_part(width: int) -> Part:

@@ -38,6 +38,7 @@ def check_run(config: RunConfig, world_size: int) -> None:
         raise ConfigError(f"train.steps: must be at least 1, not {config.train.steps}")
     config.train.keep_rules()
     config.model.check_context(mesh, config.context)
+    config.model.check_experts(mesh)
     cut_tokens(config.data.micro_batch * config.data.seq_len, mesh.cp, mesh.tp, config.context.order)
     if config.engine == "deepspeed":
         config.deepspeed.check(mesh, config.train.compute_dtype)

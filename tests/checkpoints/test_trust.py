@@ -1,4 +1,4 @@
-"""What a checkpoint claims is checked: content against hashes, its index without executing it. The docs' snippets run."""
+"""What a checkpoint claims is checked: content by hashes, its index without executing it. The docs' snippets run."""
 
 from __future__ import annotations
 
