@@ -139,7 +139,7 @@ def kill_until_done(folder: Path, steps: int, kills: int, kind: str, seed: int) 
             while alive and progress(folder, kind) == before and time.monotonic() < until:
                 time.sleep(0.005)  # so every life gets a step further
                 alive = all(process.is_alive() for process in ranks.processes)
-            time.sleep(chance.uniform(0, 0.25))
+            time.sleep(chance.uniform(0, 0.1))
             if all(process.is_alive() for process in ranks.processes):
                 killed += 1
                 victim = chance.choice([None, 0, 1])
@@ -151,14 +151,14 @@ def kill_until_done(folder: Path, steps: int, kills: int, kind: str, seed: int) 
             ranks.kill()
         for checkpoint in complete_checkpoints(folder / "checkpoints"):
             assert list(damages(checkpoint)) == []
-    run_ranks(2, train, config)
+    run_ranks(2, train, config, timeout=600)
     return killed
 
 
 def check_moments(folder: Path, steps: int, kills: int, kind: str, seed: int) -> None:
     killed = kill_until_done(folder / "killed", steps, kills, kind, seed)
-    assert killed >= min(kills, 3), f"only {killed} kills before the run was over"
-    run_ranks(2, train, small(folder / "whole", steps, "async", every=0), timeout=250)
+    assert killed == kills, f"only {killed} kills before the run was over"
+    run_ranks(2, train, small(folder / "whole", steps, "async", every=0), timeout=600)
     expected, actual = everything(folder / "whole"), everything(folder / "killed")
     assert differing(expected, actual) == []
     states = [read_manifest(newest_checkpoint(folder / f / "checkpoints"))["data"] for f in ("whole", "killed")]  # type: ignore[arg-type]
@@ -168,7 +168,7 @@ def check_moments(folder: Path, steps: int, kills: int, kind: str, seed: int) ->
 
 
 def test_killed_at_random_moments_ends_with_the_same_bits(tmp_path: Path) -> None:
-    check_moments(tmp_path, 10, 3, "async", seed=1)
+    check_moments(tmp_path, 16, 3, "async", seed=1)
 
 
 @pytest.mark.chaos
@@ -176,4 +176,4 @@ def test_killed_at_random_moments_ends_with_the_same_bits(tmp_path: Path) -> Non
 @pytest.mark.parametrize(("kind", "seed"), [("async", 1), ("async", 2), ("sync", 3), ("sync", 4), ("local", 5)])
 def test_killed_a_hundred_times(kind: str, seed: int, tmp_path: Path) -> None:
     """Five runs, 30 kills each."""
-    check_moments(tmp_path, 400, 30, kind, seed)
+    check_moments(tmp_path, 200, 30, kind, seed)
