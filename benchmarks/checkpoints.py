@@ -1,12 +1,13 @@
 """Saving and restoring on one process: ``python -m benchmarks.checkpoints --folder DIR`` in the repository root.
 
-A real model of ``--millions`` parameters trains on mock data. What counts is how long a step waits for a save (in the
+The quickstart's model, ``--width`` wide, trains on mock data. What counts is how long a step waits for a save (in the
 loop, in the background, on a local disk), how long the background writes, what that costs the steps meanwhile, and how
 long each tier takes to come back. ``--repeats`` rounds, the least of each row: neighbours only ever add time.
 """
 
 import argparse
 import shutil
+import statistics
 import sys
 import tempfile
 import time
@@ -25,11 +26,15 @@ from polylepis.checkpoints.manifest import hash_file
 from polylepis.checkpoints.rules import KeepRules
 from polylepis.checkpoints.sharded import content_damages, load_checkpoint
 from polylepis.checkpoints.tensors import state_tensors
-from polylepis.parallel.engines.fsdp import build_model
+from polylepis.data.mock import MockDataset
+from polylepis.data.stream import Stream
+from polylepis.parallel.engines.fsdp import FSDPEngine, build_model
 from polylepis.parallel.mesh import MeshConfig, build_mesh
 from polylepis.parallel.model import count_parameters
 from polylepis.pretrain.config import load_config
+from polylepis.pretrain.objectives.next_token import next_token
 from polylepis.pretrain.optim import build_optimizer
+from polylepis.pretrain.shrink import shrink
 
 Rows = dict[str, list[float]]
 
@@ -82,6 +87,24 @@ def round_of_saves(rows: Rows, folder: Path, models: Any, optimizer: Any) -> Non
     shutil.rmtree(folder)
 
 
+def steps_meanwhile(rows: Rows, folder: Path, engine: FSDPEngine, stream: Stream) -> None:
+    """Steps while nothing is written, and while the background writes."""
+
+    def step() -> None:
+        data = stream.next()
+        engine.accumulate(data.micro_batches, data.total_weight)
+        engine.update(1e-6)
+
+    step()
+    for _ in range(4):
+        timed(rows, "a step while nothing is written", step)
+    with Keeper(folder, engine.models, engine.optimizer, KeepRules(every=1, keep=1)) as keeper:
+        keeper.save(1, {})
+        while keeper.writing:
+            timed(rows, "a step while the background writes", step)
+    shutil.rmtree(folder)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, help="where the files go; the system's temporary folder otherwise")
@@ -94,11 +117,15 @@ def main() -> None:
     model_config = replace(config.model, d_model=args.width)
     model = build_model(model_config, build_mesh(MeshConfig(dp_shard=1), "cpu"))
     optimizer = build_optimizer(config.optim, model)
+    data = replace(shrink(config).data, seq_len=256)
+    stream = Stream(MockDataset(model_config.modalities, model_config.vocab_size, 256), data, dp_rank=0, dp_size=1)
+    engine = FSDPEngine(model, optimizer, next_token)
     state = sum(t.numel() * t.element_size() for t in state_tensors((model,), optimizer).values())
     rows: Rows = {}
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
         for number in range(args.repeats):
             round_of_saves(rows, Path(folder) / str(number), (model,), optimizer)
+            steps_meanwhile(rows, Path(folder) / "meanwhile", engine, stream)
     lines = ["# Checkpoints on one process", "", " ".join((__doc__ or "").split()), ""]
     facts = machine() | {"command": " ".join(["python -m benchmarks.checkpoints", *sys.argv[1:]])}
     lines += [f"- {name}: {value}" for name, value in facts.items()]
@@ -109,7 +136,11 @@ def main() -> None:
         "| what | s | GB/s |",
         "|---|---|---|",
     ]
-    lines += [f"| {name} | {min(s):.3f} | {state / min(s) / 1e9:.2f} |" for name, s in rows.items()]
+    for name, seconds in rows.items():
+        rate = "" if name.startswith("a step") else f"{state / min(seconds) / 1e9:.2f}"
+        lines.append(f"| {name} | {min(seconds):.3f} | {rate} |")
+    median = {name: statistics.median(seconds) for name, seconds in rows.items() if name.startswith("a step")}
+    lines += ["", "Medians of steps: " + "; ".join(f"{name} {value:.3f} s" for name, value in median.items()) + "."]
     text = "\n".join(lines) + "\n"
     print(text)
     if args.markdown:
