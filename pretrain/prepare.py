@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+from datetime import timedelta
+
+import torch.distributed as dist
 
 from ..checkpoints.manifest import newest_checkpoint, step_of
 from ..data import mock
@@ -69,6 +72,12 @@ def open_data(config: RunConfig) -> Dataset | mock.MockDataset:
     if config.data.path == mock.PATH:
         return mock.MockDataset(config.model.modalities, config.model.vocab_size, config.data.seq_len)
     dataset = Dataset.open(config.data.path)
+    if dataset.latent_format is not None:
+        raise ConfigError(
+            f"data.path: {config.data.path} holds continuous latents ({', '.join(dataset.latent_format.modalities)}, "
+            f"{dataset.latent_format.width} x {dataset.latent_format.dtype}), and this version's models have no head "
+            "for them; accepted: data sets of discrete codes alone"
+        )
     if tuple(dataset.vocabulary.modalities) != tuple(config.model.modalities):
         raise ConfigError(
             f"model.modalities: {list(config.model.modalities)}, but {config.data.path} holds "
@@ -80,6 +89,25 @@ def open_data(config: RunConfig) -> Dataset | mock.MockDataset:
             f"{dataset.vocabulary.used} ids"
         )
     return dataset
+
+
+def open_stream(config: RunConfig, dataset: Dataset | mock.MockDataset, dp_rank: int, dp_size: int) -> Stream:
+    """The stream of this rank; called on every rank.
+
+    All ranks agree on quarantined samples. One rank of each data-parallel coordinate reads, and sends to its
+    model-parallel peers through host memory: a GPU has no part in it.
+    """
+    world = dist.get_world_size()
+    if world == 1:
+        return Stream(dataset, config.data, dp_rank=0, dp_size=1)
+    coordinates: list[int] = [0] * world
+    dist.all_gather_object(coordinates, dp_rank)
+    peers = [rank for rank, coordinate in enumerate(coordinates) if coordinate == dp_rank]
+    # Only the members of a group make it: thousands of ranks need not enter thousands of groups.
+    timeout = timedelta(seconds=config.train.timeout)
+    alone = len(peers) == 1
+    group = None if alone else dist.new_group(peers, timeout, "gloo", use_local_synchronization=True)
+    return Stream(dataset, config.data, dp_rank=dp_rank, dp_size=dp_size, group=dist.group.WORLD, model_group=group)
 
 
 def check_all(config: RunConfig, world_size: int) -> None:

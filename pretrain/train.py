@@ -18,7 +18,7 @@ import torch.distributed as dist
 
 from ..checkpoints.keeper import Keeper
 from ..checkpoints.manifest import hash_config
-from ..data.stream import Step, Stream
+from ..data.stream import Step
 from ..parallel.engines.base import Engine, Objective
 from ..parallel.engines.deepspeed import DeepSpeedEngine
 from ..parallel.engines.fsdp import FSDPEngine, build_model
@@ -31,7 +31,7 @@ from .experts import check_routers, finish_experts
 from .meter.tracker import Tracker, plot_losses
 from .objectives.next_token import next_token
 from .optim import build_optimizer
-from .prepare import check_run, open_data, prepare_folder, stages_of
+from .prepare import check_run, open_data, open_stream, prepare_folder, stages_of
 
 
 def train(config: RunConfig) -> None:
@@ -42,8 +42,7 @@ def train(config: RunConfig) -> None:
         preload()
     check_run(config, dist.get_world_size())
     dataset = open_data(config)
-    world = dist.group.WORLD if dist.get_world_size() > 1 else None  # ranks agree on quarantined samples
-    stream = Stream(dataset, config.data, dp_rank=mesh.dp_rank, dp_size=mesh.dp_size, group=world)
+    stream = open_stream(config, dataset, mesh.dp_rank, mesh.dp_size)
     engine = build_engine(config, mesh)
 
     first = 0
