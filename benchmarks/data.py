@@ -32,7 +32,8 @@ def main(folder: str = "runs/quickstart/shards", python: str = sys.executable) -
         json.dumps({"machine": machine, "commit": commit, **result}, indent=1) + "\n"
     )
     (RESULTS / "data_cpu.md").write_text(
-        f"`python -m benchmarks.data`, commit {commit}, {machine}; quickstart data set, one process, files in the page cache.\n\n"
+        f"`python -m benchmarks.data`, commit {commit}, {machine}; quickstart data set, each reader in one process, "
+        "files in the page cache.\n\n"
         f"```\n{report(result)}\n```\n"
     )
     print(report(result))

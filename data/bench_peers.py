@@ -57,7 +57,7 @@ def _mosaic(folder: Path, members: Callable[[], Samples], work: Path) -> Callabl
 
 def _energon(folder: Path, members: Callable[[], Samples], work: Path) -> Callable[[], Samples]:
     """Reads our tars themselves, linked into a folder of its own."""
-    from megatron.energon import WorkerConfig, get_train_dataset
+    from megatron.energon import WorkerConfig, get_loader, get_train_dataset
     from megatron.energon.flavors.webdataset import BaseWebdatasetFactory
 
     tars = sorted(folder.glob("*.tar"))
@@ -69,15 +69,19 @@ def _energon(folder: Path, members: Callable[[], Samples], work: Path) -> Callab
     (work / ".nv-meta" / "dataset.yaml").write_text(json.dumps(kind))  # JSON is YAML
 
     def read() -> Samples:
-        from megatron.energon import Cooker, DefaultTaskEncoder
+        from megatron.energon import Cooker, DefaultTaskEncoder, stateless
+
+        @stateless
+        def cook(sample: dict[str, Any]) -> dict[str, Any]:
+            return {**sample}
 
         class Raw(DefaultTaskEncoder):
-            cookers = (Cooker(cook=dict),)
+            cookers = (Cooker(cook=cook),)
             decoder = None
 
         workers = WorkerConfig(rank=0, world_size=1, num_workers=0)
         options = {"batch_size": None, "shuffle_buffer_size": 1000, "max_samples_per_sequence": 100}
-        return iter(get_train_dataset(str(work), worker_config=workers, task_encoder=Raw(), **options))
+        return iter(get_loader(get_train_dataset(work, worker_config=workers, task_encoder=Raw(), **options)))
 
     return read
 
