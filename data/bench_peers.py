@@ -64,8 +64,12 @@ _OPEN = dict(zip(PEERS, (_litdata, _mosaic), strict=True))
 
 def main(name: str, path: str, split: str, samples: str) -> None:
     """Converts, reads, and prints one line of JSON."""
-    from importlib.metadata import version
+    from importlib.metadata import PackageNotFoundError, version
 
+    try:
+        found = version(name)
+    except PackageNotFoundError:
+        sys.exit(f"{name} is not installed")
     from .bench import _array, _decode
     from .dataset import Dataset
 
@@ -73,8 +77,8 @@ def main(name: str, path: str, split: str, samples: str) -> None:
 
     def members() -> Samples:
         for i in range(len(chosen)):
-            found = chosen.members(i)
-            yield {"json": found["json"], "tokens": found["tokens.npy"], "png": found.get("png", b"")}
+            whole = chosen.members(i)
+            yield {"json": whole["json"], "tokens": whole["tokens.npy"], "png": whole.get("png", b"")}
 
     count = int(samples)
     with tempfile.TemporaryDirectory() as work:
@@ -109,7 +113,7 @@ def main(name: str, path: str, split: str, samples: str) -> None:
                     work_on(sample)
                 best = max(best, count / (_cpu() - started))
             rates[kind] = best
-    print(json.dumps({"version": version(name), **rates}))
+    print(json.dumps({"version": found, **rates}))
 
 
 def _member(sample: dict[str, Any], start: str) -> Any:
