@@ -23,14 +23,15 @@ from ..parallel.engines.base import Engine, Objective
 from ..parallel.engines.deepspeed import DeepSpeedEngine
 from ..parallel.engines.fsdp import FSDPEngine, build_model
 from ..parallel.engines.pipeline import PipelineEngine, build_stages
-from ..parallel.kinds.moe import MoE, MoEConfig
 from ..parallel.megatron import preload
 from ..parallel.mesh import Mesh, build_mesh
 from .config import RunConfig, load_config
 from .errors import DivergenceError
+from .experts import check_routers, finish_experts
 from .meter.tracker import Tracker, plot_losses
 from .objectives.next_token import next_token
 from .optim import build_optimizer
+from .plan.measure import predicted_step
 from .prepare import check_run, open_data, open_stream, prepare_folder, stages_of
 
 
@@ -55,6 +56,7 @@ def train(config: RunConfig) -> None:
         stream.load_state_dict(resumed["data"])
         first = resumed["step"]
 
+    predicted = predicted_step(config, dist.get_world_size()) if dist.get_rank() == 0 else {}
     with keeper, open_tracker(config, first) as tracker:
         for step in range(first, config.train.steps):
             with located(step + 1):
@@ -65,18 +67,19 @@ def train(config: RunConfig) -> None:
 
                 sums = engine.accumulate(data.micro_batches, data.total_weight)
                 norm = engine.gradient_norm()
+                check_routers(engine, norm)
                 if config.optim.clip and norm > config.optim.clip:
                     engine.scale(config.optim.clip / norm)
                 lr = config.optim.lr * config.optim.factor(step, config.train.steps)
                 engine.update(lr)
-                balance_experts(engine)
+                experts = finish_experts(engine)
 
                 dist.all_reduce(sums)
                 losses = sums / mesh.tp_size  # every tp rank counted the same tokens
                 if tracker is not None:
                     seconds = time.perf_counter() - started
                     metrics = step_metrics(config, step + 1, data, losses.tolist(), norm, lr, seconds, waited)
-                    tracker.log(metrics | keeper.times())
+                    tracker.log(metrics | experts | keeper.times() | predicted)
                 keeper.after_step(step + 1, stream.state_dict, last=step + 1 == config.train.steps)
 
     if tracker is not None and importlib.util.find_spec("matplotlib") and first < config.train.steps:
@@ -150,30 +153,6 @@ def check_agreement(step: int, digest: str) -> None:
             f"step {usual[0]}: ranks hold different batches; {', '.join(others[:8])} differ from the "
             f"other {count} ranks"
         )
-
-
-def balance_experts(engine: Engine) -> None:
-    """Loss-free balancing: one all-reduce of all layers' loads, then each layer moves its selection biases.
-
-    Every rank contributes a table of all expert layers of the model, filled where its own pipeline stages are.
-    """
-    config = engine.models[0].config
-    layers = {index: config.layer(index)[1] for index in range(len(config.symbols))}
-    experts = {index: layer.n_experts for index, layer in layers.items() if isinstance(layer, MoEConfig)}
-    if not experts:
-        return
-    table = torch.zeros(sum(experts.values()), device=engine.mesh.device)
-    loads = dict(zip(experts, table.split(list(experts.values())), strict=True))
-    mine: dict[int, MoE] = {}
-    for name, block in (item for model in engine.models for item in model.layers.items()):
-        mixer = block.get_submodule("mixer")
-        if isinstance(mixer, MoE):
-            mine[int(name)] = mixer
-    for index, layer in mine.items():
-        loads[index].copy_(layer.load)
-    dist.all_reduce(table)
-    for index, layer in mine.items():
-        layer.balance(loads[index] / engine.mesh.tp_size)
 
 
 def step_metrics(

@@ -7,6 +7,7 @@ import torch
 
 from equivalence import assert_equal_gradients, gradients_alone
 from pipelines import Case, merged, pipelined
+from polylepis.parallel.kinds.moe import MoEConfig
 from polylepis.parallel.mesh import ContextConfig, MeshConfig
 from polylepis.parallel.model import ModelConfig
 from polylepis.parallel.pipeline.config import PipelineConfig
@@ -19,7 +20,7 @@ SHARED = toy("M*-M")
 
 
 def check(config: ModelConfig, case: Case, tolerance: float = 1e-9) -> None:
-    expected = gradients_alone(config, torch.float64, case.absent, case.count)
+    expected = gradients_alone(config, torch.float64, case.absent, count=case.count)
     actual = merged(run_ranks(case.mesh.n_processes, pipelined, config, case, timeout=300))
     assert_equal_gradients(actual, expected, tolerance)
 
@@ -51,6 +52,13 @@ def test_triple() -> None:
     """pp 2 × tp 2 × dp 2, interleaved over four stages."""
     mesh = MeshConfig(pp=2, tp=2, dp_shard=2)
     check(ROUTED, Case(mesh, PipelineConfig("interleaved"), absent=(1,)))
+
+
+def test_experts_over_ranks() -> None:
+    """pp 2 × ep 2 of dp 2, every balancing term in use, a layer's terms far from the loss, everything recomputed."""
+    moe = MoEConfig(4, 2, d_ff=10, d_ff_shared=12, scale=1.5, aux_sequence=0.1, aux_global=0.2, z_loss=0.3)
+    case = Case(MeshConfig(pp=2, dp_shard=2, ep=2), recompute=RecomputeConfig(moe="full"), absent=(1,))
+    check(toy("EM*-E", moe=moe), case)
 
 
 @pytest.mark.full
