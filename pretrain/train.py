@@ -32,6 +32,7 @@ from .experts import check_routers, finish_experts
 from .meter.tracker import Tracker, plot_losses
 from .objectives.next_token import next_token
 from .optim import build_optimizer
+from .plan.measure import predicted_step
 from .preempt import Preemption, die_with_parent, write_outcome
 from .prepare import check_run, open_data, open_stream, prepare_folder, stages_of
 
@@ -57,6 +58,7 @@ def train(config: RunConfig) -> None:
         stream.load_state_dict(resumed["data"])
         first = resumed["step"]
 
+    predicted = predicted_step(config, dist.get_world_size()) if dist.get_rank() == 0 else {}
     claim = claim_folder(config.path) if dist.get_rank() == 0 else contextlib.nullcontext()
     with (
         claim,
@@ -85,7 +87,7 @@ def train(config: RunConfig) -> None:
                 if tracker is not None:
                     seconds = time.perf_counter() - started
                     metrics = step_metrics(config, step + 1, data, losses.tolist(), norm, lr, seconds, waited)
-                    tracker.log(metrics | experts | keeper.times())
+                    tracker.log(metrics | experts | keeper.times() | predicted)
                 last = preemption.ends_after(step + 1)
                 keeper.after_step(step + 1, stream.state_dict, last=last)
             if last:
