@@ -152,7 +152,7 @@ def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["verify", "quickstart", "mesh={tp: 1, cp: 2, dp_shard: 1}"]) == 0
     output = capsys.readouterr().out
     assert "cp 2 × tp 1" in output and output.strip().endswith("verdict: equal")
-    assert output.count(" ok") == 7
+    assert output.count(" ok") == 9
 
 
 def test_the_command_with_stages_and_recompute(capsys: pytest.CaptureFixture[str]) -> None:
