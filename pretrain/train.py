@@ -31,6 +31,7 @@ from .experts import check_routers, finish_experts
 from .meter.tracker import Tracker, plot_losses
 from .objectives.next_token import next_token
 from .optim import build_optimizer
+from .plan.measure import predicted_step
 from .prepare import check_run, open_data, open_stream, prepare_folder, stages_of
 
 
@@ -55,6 +56,7 @@ def train(config: RunConfig) -> None:
         stream.load_state_dict(resumed["data"])
         first = resumed["step"]
 
+    predicted = predicted_step(config, dist.get_world_size()) if dist.get_rank() == 0 else {}
     with keeper, open_tracker(config, first) as tracker:
         for step in range(first, config.train.steps):
             with located(step + 1):
@@ -77,7 +79,7 @@ def train(config: RunConfig) -> None:
                 if tracker is not None:
                     seconds = time.perf_counter() - started
                     metrics = step_metrics(config, step + 1, data, losses.tolist(), norm, lr, seconds, waited)
-                    tracker.log(metrics | experts | keeper.times())
+                    tracker.log(metrics | experts | keeper.times() | predicted)
                 keeper.after_step(step + 1, stream.state_dict, last=step + 1 == config.train.steps)
 
     if tracker is not None and importlib.util.find_spec("matplotlib") and first < config.train.steps:
