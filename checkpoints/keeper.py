@@ -279,6 +279,12 @@ class Keeper:
         self._settle("durable", self._durable, None)
         self._settle("local", self._local, None)
 
+    @property
+    def writing(self) -> bool:
+        """Whether a durable save is in flight, as far as this rank can tell."""
+        self._settle("durable", self._durable, 0.0)
+        return self._durable.busy
+
     def times(self) -> dict[str, float]:
         """Seconds since the last call: `blocked_seconds` that steps waited, `write_seconds` of saves that ended."""
         times, self._times = self._times, {}

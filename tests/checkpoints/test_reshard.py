@@ -12,17 +12,18 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from keeping import CONFIG
 from polylepis.checkpoints.manifest import read_manifest
 from polylepis.checkpoints.sharded import load_checkpoint, save_checkpoint
 from polylepis.checkpoints.tensors import state_tensors
 from polylepis.parallel.engines.fsdp import build_model
 from polylepis.parallel.engines.pipeline import build_stages
+from polylepis.parallel.kinds.moe import MoEConfig
 from polylepis.parallel.mesh import MeshConfig, build_mesh
 from polylepis.parallel.model import HybridModel
 from polylepis.parallel.pipeline.config import PipelineConfig, cut_stages, layer_costs
 from polylepis.pretrain.optim import OptimConfig, build_optimizer
 from ranks import run_ranks
+from toys import ALL_ROUTED, toy
 
 MESHES = {
     "one": MeshConfig(dp_shard=1),
@@ -35,10 +36,13 @@ MESHES = {
     "dp4": MeshConfig(dp_shard=4),
     "hsdp2-dp2": MeshConfig(dp_replicate=2, dp_shard=2),
     "pp2": MeshConfig(dp_shard=1, pp=2),
+    "ep2": MeshConfig(dp_shard=2, ep=2),
+    "pp2-ep2-tp2": MeshConfig(dp_shard=2, ep=2, tp=2, pp=2),
     "pp2-hsdp2-tp2": MeshConfig(dp_replicate=2, dp_shard=1, tp=2, pp=2),
     "dp2-cp2-tp2": MeshConfig(dp_shard=2, cp=2, tp=2),
 }
-SAMPLED = ("one", "dp2-tp2", "pp2", "cp2-tp2", "hsdp2")
+SAMPLED = ("one", "dp2-tp2", "pp2", "cp2-tp2", "hsdp2", "ep2")
+CONFIG = toy("M*-E", ALL_ROUTED, moe=MoEConfig(n_experts=4, top_k=2, d_ff=16, d_ff_shared=12))
 
 
 def world(mesh: MeshConfig) -> int:
@@ -114,5 +118,5 @@ def test_sampled_meshes_open_each_others_checkpoints(tmp_path: Path) -> None:
 @pytest.mark.full
 @pytest.mark.timeout(1200)
 def test_every_mesh_opens_the_checkpoints_of_every_mesh(tmp_path: Path) -> None:
-    """12 × 12."""
+    """14 × 14."""
     check(tuple(MESHES), tmp_path, dict.fromkeys(MESHES, tuple(MESHES)))
