@@ -281,21 +281,26 @@ def on_local_parts(folder: Path, mesh: MeshConfig, story: str) -> Any:
     return resumed["step"], same, [kind for kind, _, _ in lines], mine.exists()
 
 
-@pytest.mark.parametrize(
-    ("story", "step", "said"),
-    [
-        ("all are whole", 5, ["local_resumed"]),
-        ("one is missing", 4, ["local_incomplete"]),
-        ("one is damaged", 4, ["local_damaged"]),
-        ("another run", 4, []),
-        ("another mesh", 4, []),
-    ],
-)
-def test_resumes_from_the_newest_whole_tier(story: str, step: int, said: list[str], tmp_path: Path) -> None:
-    answers = run_ranks(2, on_local_parts, tmp_path, TWO, story)
-    kept = story == "another run"  # of a run that is not ours, whatever it is
-    assert answers[0] == (step, False if story == "another mesh" else [], said, kept)
-    assert answers[1] == (step, False if story == "another mesh" else [], [], kept)
+STORIES = {
+    "all are whole": (5, ["local_resumed"]),
+    "one is missing": (4, ["local_incomplete"]),
+    "one is damaged": (4, ["local_damaged"]),
+    "another run": (4, []),
+    "another mesh": (4, []),
+}
+
+
+def all_stories(folder: Path, mesh: MeshConfig) -> dict[str, Any]:
+    return {story: on_local_parts(folder / story, mesh, story) for story in STORIES}
+
+
+def test_resumes_from_the_newest_whole_tier(tmp_path: Path) -> None:
+    answers = run_ranks(2, all_stories, tmp_path, TWO)
+    for story, (found, said) in STORIES.items():
+        kept = story == "another run"  # of a run that is not ours, whatever it is
+        same = False if story == "another mesh" else []
+        assert answers[0][story] == (found, same, said, kept), story
+        assert answers[1][story] == (found, same, [], kept), story
 
 
 def test_rules_that_cannot_be() -> None:
