@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from datetime import timedelta
 
 import torch.distributed as dist
@@ -12,8 +13,11 @@ from ..data import mock
 from ..data.dataset import Dataset
 from ..data.stream import Stream
 from ..parallel.context import cut_tokens
-from ..parallel.pipeline.config import check_split_backward, cut_stages, layer_costs
+from ..parallel.pipeline.config import check_split_backward, cut_stages
+from ..parallel.pipeline.cost import Roofline, Setting, layer_seconds
+from ..parallel.pipeline.devices import DEVICES
 from ..parallel.pipeline.stage import Stage
+from .claim import check_free
 from .config import CONFIG_FILE, RunConfig, differing_keys, load_config, to_yaml
 from .errors import ConfigError
 
@@ -55,10 +59,16 @@ def check_run(config: RunConfig, world_size: int) -> None:
 def stages_of(config: RunConfig, pp: int) -> tuple[Stage, ...]:
     """All pipeline stages of the run, cut by cost where neither pattern nor configuration says where.
 
+    Costs are those of an H100, whatever the run's own device: the cut of a configuration is always the same.
+    `polylepis plan` cuts for the device and writes the cuts out.
+
     Raises:
         PlanError: see `cut_stages`.
     """
-    costs = layer_costs(config.model, config.data.seq_len / 2)
+    data, mesh = config.data, replace(config.mesh, dp_shard=1, dp_replicate=1, ep=1)
+    itemsize, keys = config.train.compute_dtype.itemsize, (data.seq_len + 1) / 2
+    setting = Setting(mesh, data.micro_batch * data.seq_len, keys, itemsize, context=config.context)
+    costs = layer_seconds(config.model, setting, Roofline(DEVICES["h100"]))
     return cut_stages(config.model, config.pipeline, pp, costs)
 
 
@@ -144,6 +154,7 @@ def check_folder(config: RunConfig) -> None:
 def prepare_folder(config: RunConfig) -> None:
     """Create the run folder and write the resolved configuration into it."""
     check_folder(config)
+    check_free(config.path)
     config.path.mkdir(parents=True, exist_ok=True)
     aside = config.path / f".{CONFIG_FILE}.part"
     aside.write_text(to_yaml(config))
