@@ -65,7 +65,10 @@ def resume(folders: list[Path]) -> list[tuple[Any, dict[str, Any]]]:
     found = []
     for folder in folders:
         model, optimizer = state = model_and_optimizer(MeshConfig(dp_shard=1), seed=2)
-        found.append((Keeper(folder, (model,), optimizer, KeepRules()).resume(), local_state(state)))
+        keeper = Keeper(folder, (model,), optimizer, KeepRules())
+        resumed = keeper.resume()
+        with keeper:
+            found.append((resumed, local_state(state)))
     return found
 
 
