@@ -113,7 +113,7 @@ class PolylepisMamba(nn.Module):
         super().__init__()
         self.sizes = sizes = config.layer(index)
         self.modalities = config.modalities
-        d, inner = config.hidden_size, sizes["expand"] * config.hidden_size
+        d, inner = config.hidden_size, sizes["width"] or sizes["expand"] * config.hidden_size
         self.heads, states = inner // sizes["head_dim"], sizes["n_groups"] * sizes["d_state"]
         self.widths = [inner, states, states]
         widths = {"z": inner, "x": inner, "B": states, "C": states, "dt": self.heads}

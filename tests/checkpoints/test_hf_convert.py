@@ -17,6 +17,7 @@ from polylepis.checkpoints.errors import CheckpointError
 from polylepis.checkpoints.sharded import save_checkpoint
 from polylepis.parallel.engines.fsdp import build_model
 from polylepis.parallel.mesh import MeshConfig, build_mesh
+from polylepis.parallel.model import ModelConfig
 from toys import ALL_ROUTED, toy
 
 pytest.importorskip("transformers", minversion="5.15.1")
@@ -133,13 +134,17 @@ def test_a_configuration_that_is_none(run: Path) -> None:
 
 def test_a_failed_proof_fails_the_command(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from polylepis.checkpoints.hf import layout
+    from polylepis.checkpoints.maps import Scale
 
-    build = layout.Entry.build
+    rules = layout.export_rules
 
-    def wrong(self: layout.Entry, tensors: dict[str, torch.Tensor]) -> torch.Tensor:
-        value = build(self, tensors)
-        return -value if self.name.endswith("o_proj.weight") else value
+    def wrong(config: ModelConfig, target: layout.Target) -> list[layout.Rule]:
+        made = rules(config, target)
+        return [
+            dataclasses.replace(rule, map=rule.map.then(Scale(-1.0))) if "o_proj" in rule.targets[0] else rule
+            for rule in made
+        ]
 
-    monkeypatch.setattr(layout.Entry, "build", wrong)
+    monkeypatch.setattr(layout, "export_rules", wrong)
     assert "the export is not the model" in refused(run, "--to", "hf")
     assert not json.loads((run / "hf" / "export_report.json").read_text())["passed"]

@@ -19,11 +19,11 @@ from torch.distributed.tensor import DTensor
 
 from polylepis.checkpoints.errors import CheckpointError
 from polylepis.checkpoints.hf.export import export, parse_size
-from polylepis.checkpoints.hf.layout import entries
 from polylepis.checkpoints.hf.reference import reference_logits
 from polylepis.checkpoints.hf.targets import caution, choose_target, refusal
 from polylepis.checkpoints.hf.verify import modality_of, probe_length, probe_tokens, transformers_module, verify
 from polylepis.checkpoints.sharded import model_tensors
+from polylepis.checkpoints.transforms import Tensors
 from polylepis.parallel.engines.fsdp import build_model
 from polylepis.parallel.kinds.attention import AttentionConfig
 from polylepis.parallel.kinds.mamba import MambaConfig
@@ -66,9 +66,8 @@ def round_trip(
     """Export and verify; the report."""
     tensors = tensors_of(config)
     vocabulary = options.pop("vocabulary", VOCABULARY)
-    export(config, tensors, folder, vocabulary=vocabulary, target=target, dtype=dtype, **options)
-    plan = entries(config, choose_target(config, target), dtype)
-    return verify(folder, config, reference_logits(config, tensors, plan), vocabulary=vocabulary)
+    export(config, Tensors(tensors), folder, vocabulary=vocabulary, target=target, dtype=dtype, **options)
+    return verify(folder, config, reference_logits(config, Tensors(tensors), dtype), vocabulary=vocabulary)
 
 
 @pytest.mark.parametrize(
@@ -131,7 +130,7 @@ def test_a_target_that_cannot_hold_the_model_is_refused(config: ModelConfig, tar
 
 
 def test_unknown_targets_are_refused() -> None:
-    with pytest.raises(CheckpointError, match="accepted are mamba2, nemotron_h, polylepis"):
+    with pytest.raises(CheckpointError, match="accepted are mamba2, nemotron_h, granite, polylepis"):
         choose_target(HYBRID, "llama")
     assert choose_target(small("M*M", layers={2: {"chunk_size": 4}})) == "nemotron_h"  # tiling is nobody's business
 
@@ -150,8 +149,8 @@ def test_unknown_targets_are_refused() -> None:
 def test_a_corrupted_tensor_is_noticed(config: ModelConfig, name: str, tmp_path: Path) -> None:
     folder = tmp_path / "hf"
     tensors = tensors_of(config)
-    export(config, tensors, folder, vocabulary=VOCABULARY)
-    reference = reference_logits(config, tensors, entries(config, choose_target(config), torch.float32))
+    export(config, Tensors(tensors), folder, vocabulary=VOCABULARY)
+    reference = reference_logits(config, Tensors(tensors))
     assert verify(folder, config, reference, vocabulary=VOCABULARY)["passed"]
     weights = load_file(folder / "model.safetensors")
     weights[name] = weights[name].flip(0)
@@ -163,8 +162,8 @@ def test_a_corrupted_tensor_is_noticed(config: ModelConfig, name: str, tmp_path:
 
 def test_missing_and_left_over_tensors_are_noticed(tmp_path: Path) -> None:
     folder, tensors = tmp_path / "hf", tensors_of(ROUTED)
-    export(ROUTED, tensors, folder, vocabulary=VOCABULARY)
-    reference = reference_logits(ROUTED, tensors, entries(ROUTED, "polylepis", torch.float32))
+    export(ROUTED, Tensors(tensors), folder, vocabulary=VOCABULARY)
+    reference = reference_logits(ROUTED, Tensors(tensors))
     weights = load_file(folder / "model.safetensors")
     weights["stranger"] = weights.pop("model.norm_f.weight")
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
@@ -223,7 +222,7 @@ def test_generation_never_emits_the_vocabularys_padding(tmp_path: Path) -> None:
 
     tensors = tensors_of(HYBRID)
     tensors["lm_head.weight"][54:] *= 100
-    export(HYBRID, tensors, tmp_path / "hf", vocabulary=VOCABULARY)
+    export(HYBRID, Tensors(tensors), tmp_path / "hf", vocabulary=VOCABULARY)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
     prompt = torch.tensor([[1, 40, 41, 42]])
     assert int(model(prompt).logits[0, -1].argmax()) >= 54
@@ -232,28 +231,28 @@ def test_generation_never_emits_the_vocabularys_padding(tmp_path: Path) -> None:
 
 def test_what_exists_is_replaced_only_by_force(tmp_path: Path) -> None:
     tensors, folder = tensors_of(HYBRID), tmp_path / "hf"
-    export(HYBRID, tensors, folder)
+    export(HYBRID, Tensors(tensors), folder)
     (folder / "mine.txt").write_text("mine")
     with pytest.raises(CheckpointError, match="exists already"):
-        export(HYBRID, tensors, folder)
+        export(HYBRID, Tensors(tensors), folder)
     assert (folder / "mine.txt").exists()
-    export(HYBRID, tensors, folder, force=True)
+    export(HYBRID, Tensors(tensors), folder, force=True)
     assert not (folder / "mine.txt").exists() and os.listdir(tmp_path) == ["hf"]
     assert len({path.stat().st_mode for path in folder.iterdir()}) == 1  # nobody is locked out of the weights
 
 
 def test_tensors_and_vocabulary_of_another_model_are_refused(tmp_path: Path) -> None:
     tensors, out = tensors_of(ROUTED), tmp_path / "hf"
-    with pytest.raises(CheckpointError, match=r"holds no layers\.0\.mixer\.D, which model\.layers\.0\.mixer\.D"):
-        export(ROUTED, {n: t for n, t in tensors.items() if n != "layers.0.mixer.D"}, out)
-    with pytest.raises(CheckpointError, match="holds stranger, which this model configuration does not have"):
-        export(ROUTED, tensors | {"stranger": tensors["layers.0.mixer.D"]}, out)
-    with pytest.raises(CheckpointError, match=r"final_norm|norm_f"):
-        export(ROUTED, tensors | {"final_norm.weight": torch.ones(3)}, out)
+    with pytest.raises(CheckpointError, match=r"one tensor does not fit \(nothing was written\): layers\.0\.mixer\.D is missing"):
+        export(ROUTED, Tensors({n: t for n, t in tensors.items() if n != "layers.0.mixer.D"}), out)
+    with pytest.raises(CheckpointError, match="stranger is not of this model"):
+        export(ROUTED, Tensors(tensors | {"stranger": tensors["layers.0.mixer.D"]}), out)
+    with pytest.raises(CheckpointError, match=r"final_norm\.weight is \(3,\), the model needs \(16,\)"):
+        export(ROUTED, Tensors(tensors | {"final_norm.weight": torch.ones(3)}), out)
     with pytest.raises(CheckpointError, match="vocabulary has 55 ids, but the model knows 54"):
-        export(ROUTED, tensors, out, vocabulary=VOCABULARY | {"sizes": [10, 7, 6]})
+        export(ROUTED, Tensors(tensors), out, vocabulary=VOCABULARY | {"sizes": [10, 7, 6]})
     with pytest.raises(CheckpointError, match="modalities are"):
-        export(ROUTED, tensors, out, vocabulary=VOCABULARY | {"modalities": ["text", "voice", "image"]})
+        export(ROUTED, Tensors(tensors), out, vocabulary=VOCABULARY | {"modalities": ["text", "voice", "image"]})
     assert not os.listdir(tmp_path)  # nothing half-written is left behind
 
 
@@ -284,7 +283,7 @@ assert torch.equal(again(prompt).logits, model(prompt).logits)
 
 def test_a_stranger_loads_it_without_our_package_or_a_network(tmp_path: Path) -> None:
     tensors = tensors_of(ROUTED)
-    export(ROUTED, tensors, tmp_path / "model", vocabulary=VOCABULARY, tokenizer_files=[Path(__file__)])
+    export(ROUTED, Tensors(tensors), tmp_path / "model", vocabulary=VOCABULARY, tokenizer_files=[Path(__file__)])
     assert (tmp_path / "model" / Path(__file__).name).is_file()
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "home")}
     for name in ("HF_MODULES_CACHE", "HF_HUB_CACHE"):
@@ -293,7 +292,7 @@ def test_a_stranger_loads_it_without_our_package_or_a_network(tmp_path: Path) ->
     done = subprocess.run(command, env=environment, capture_output=True, text=True, stdin=subprocess.DEVNULL)
     assert done.returncode == 0, done.stderr
     tokens = json.loads(done.stdout.splitlines()[-1])
-    logits = reference_logits(ROUTED, tensors, entries(ROUTED, "polylepis", torch.float32))
+    logits = reference_logits(ROUTED, Tensors(tensors))
     ids = torch.tensor(tokens[:5])
     for expected in tokens[5:]:
         kinds = torch.tensor([modality_of(int(token), VOCABULARY) for token in ids])
