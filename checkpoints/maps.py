@@ -86,6 +86,21 @@ class Chain(Map):
 
 
 @dataclass(frozen=True)
+class Each(Map):
+    """A map of its own for each tensor."""
+
+    maps: tuple[Map, ...]
+    by_rows = False
+
+    def __call__(self, values: Sequence[Tensor]) -> list[Tensor]:
+        return [m.rows(value) for m, value in zip(self.maps, values, strict=True)]
+
+    def inverse(self) -> Map | None:
+        inverses = [m.inverse() for m in self.maps]
+        return None if None in inverses else Each(tuple(m for m in inverses if m is not None))
+
+
+@dataclass(frozen=True)
 class Pack(Map):
     """k parts → one packed tensor per rank, each `[part 0 | part 1 | …]` along `axis` with that rank's share of each.
 
@@ -360,25 +375,19 @@ class Cast(Map):
 
 @dataclass(frozen=True)
 class Noise(Map):
-    """Normal noise of `relative` times each tensor's standard deviation, a stream of its own for each tensor."""
+    """Normal noise of `relative` times the tensor's standard deviation."""
 
     relative: float
     seed: int = 0
     by_rows = False
 
-    def __call__(self, values: Sequence[Tensor]) -> list[Tensor]:
-        if not self.relative:
-            return list(values)
-        result = []
-        for k, value in enumerate(values):
-            if value.is_meta:
-                result.append(value)
-                continue
-            generator = torch.Generator().manual_seed(self.seed + k)
-            wide = value.to(torch.promote_types(value.dtype, torch.float32))
-            noise = torch.randn(wide.shape, generator=generator, dtype=wide.dtype)
-            result.append((wide + noise * wide.std() * self.relative).to(value.dtype))
-        return result
+    def rows(self, block: Tensor) -> Tensor:
+        if block.is_meta or not self.relative:
+            return block
+        generator = torch.Generator().manual_seed(self.seed)
+        wide = block.to(torch.promote_types(block.dtype, torch.float32))
+        noise = torch.randn(wide.shape, generator=generator, dtype=wide.dtype)
+        return (wide + noise * wide.std() * self.relative).to(block.dtype)
 
     def inverse(self) -> Map | None:
         return None if self.relative else KEEP

@@ -18,7 +18,7 @@ from ..parallel.kinds.moe import parts as expert_parts
 from ..parallel.model import ModelConfig
 from ..parallel.parts import initial_values
 from .errors import CheckpointError
-from .maps import KEEP, Cast, Fan, Fresh, Map, Noise, Place, Scale, Unpack
+from .maps import KEEP, Cast, Each, Fan, Fresh, Map, Noise, Place, Scale, Unpack
 from .transforms import Rule
 
 Surgery = tuple[ModelConfig, list[Rule]]
@@ -143,33 +143,16 @@ def _expert_rules(config: ModelConfig, index: int, sizes: tuple[int, int], noise
         return (f"{name}.shared.{stem}_proj.weight", *(f"{name}.{stem}_proj.weight.experts.{j}" for j in experts))
 
     up: Map = Unpack(sizes).then(fan)
-    down: Map = Unpack(sizes, axis="in").then(_Second(Scale(1 / layer.scale))).then(fan)
+    down: Map = Unpack(sizes, axis="in").then(Each((KEEP, Scale(1 / layer.scale)))).then(fan)
     if noise:
-        up, down = (m.then(_AllButFirst(Noise(noise, seed + k))) for k, m in enumerate((up, down)))
+        up, down = (
+            m.then(Each((KEEP, *(Noise(noise, seed + k * layer.n_experts + j) for j in experts)))) for k, m in enumerate((up, down))
+        )
     return [
         Rule((f"{name}.up_proj.weight",), to_experts("up"), up),
         Rule((f"{name}.down_proj.weight",), to_experts("down"), down),
         Rule((), (f"{name}.router.weight", f"{name}.selection_bias"), Fresh(fresh)),
     ]
-
-
-@dataclasses.dataclass(frozen=True)
-class _Second(Map):
-    """A map for the second of two tensors."""
-
-    map: Map
-    by_rows = False
-
-    def __call__(self, values: Sequence[Tensor]) -> list[Tensor]:
-        return [values[0], *self.map(values[1:])]
-
-    def inverse(self) -> Map | None:
-        inverse = self.map.inverse()
-        return None if inverse is None else _Second(inverse)
-
-
-class _AllButFirst(_Second):
-    """The same, for all tensors after the first."""
 
 
 def _exchange(pattern: str, layers: set[int]) -> str:

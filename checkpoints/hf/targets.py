@@ -61,7 +61,7 @@ def refusal(config: ModelConfig, target: Target) -> str | None:
     if target == "polylepis":
         return None
     reason = {"mamba2": _not_mamba2, "nemotron_h": _not_nemotron_h, "granite": _not_granite}[target](config)
-    return reason or _not_uniform(config)
+    return _routed(config) or reason or _not_uniform(config)
 
 
 def _layers(config: ModelConfig) -> Iterator[tuple[int, str, Any]]:
@@ -118,12 +118,17 @@ def _not_granite(config: ModelConfig) -> str | None:
     return _uneven_width(config)
 
 
-def _not_uniform(config: ModelConfig) -> str | None:
-    """What no library class can hold: routed parameters, layers of one kind that differ."""
-    sizes: dict[str, tuple[int, tuple[Any, ...]]] = {}
+def _routed(config: ModelConfig) -> str | None:
     for index, symbol, layer in _layers(config):
         if symbol == "M" and layer.routed:
             return f"layer {index} routes {', '.join(layer.routed)} by modality"
+    return None
+
+
+def _not_uniform(config: ModelConfig) -> str | None:
+    """What no library class can hold: layers of one kind that differ."""
+    sizes: dict[str, tuple[int, tuple[Any, ...]]] = {}
+    for index, symbol, layer in _layers(config):
         values = tuple(getattr(layer, name) for name in SIZES[symbol])
         first, known = sizes.setdefault(symbol, (index, values))
         if known != values:
@@ -161,7 +166,7 @@ def config_json(
     """
     common = {
         "architectures": [CLASSES[target]],
-        "model_type": target,
+        "model_type": "granitemoehybrid" if target == "granite" else target,
         "dtype": str(dtype).removeprefix("torch."),
         "vocab_size": config.padded_vocab,
         "used_vocab_size": config.vocab_size,

@@ -37,6 +37,8 @@ pytest.importorskip("transformers", minversion="5.15.1")
 
 VOCABULARY = {"modalities": ["text", "image", "voice"], "sizes": [10, 7, 5], "specials": 32, "vocab_multiple": 16}
 ONE_GROUP = MambaConfig(d_state=6, head_dim=4, n_groups=1, chunk_size=8)
+UNEVEN = MambaConfig(width=24, d_state=6, head_dim=4, n_groups=2, chunk_size=8)
+WIDE = AttentionConfig(n_heads=4, n_kv_heads=1, head_dim=8)
 GELU, SWIGLU = MLPConfig(20, "gelu"), MLPConfig(20, "swiglu")
 ROPE = AttentionConfig(n_heads=4, n_kv_heads=2, head_dim=6, rope_base=100.0)
 
@@ -77,6 +79,11 @@ def round_trip(
         (HYBRID, None, "NemotronHForCausalLM"),
         (small("M--*M-", mlp=GELU), None, "NemotronHForCausalLM"),
         (small("*-E"), None, "NemotronHForCausalLM"),
+        (small("M-*-M-", mlp=SWIGLU), None, "GraniteMoeHybridForCausalLM"),
+        (small("*-M-M-", mlp=SWIGLU, attention=ROPE), None, "GraniteMoeHybridForCausalLM"),
+        (small("*-M-", mlp=SWIGLU, attention=WIDE), "granite", "GraniteMoeHybridForCausalLM"),
+        (small("M*-", mamba=UNEVEN), None, "NemotronHForCausalLM"),
+        (small("M-", mamba=UNEVEN), "polylepis", "PolylepisForCausalLM"),
         (ROUTED, None, "PolylepisForCausalLM"),
         (small("M-M*E", mlp=SWIGLU, attention=ROPE), None, "PolylepisForCausalLM"),
         (small("MM-"), None, "PolylepisForCausalLM"),
@@ -113,6 +120,13 @@ def test_mamba2_with_groups(tmp_path: Path) -> None:
         (small("MM*"), "mamba2", "the pattern MM\\* has layers other than M"),
         (small("MM-"), "nemotron_h", "has none"),
         (ROUTED, "nemotron_h", "layer 0 routes z, x, B, C, dt, dt_bias, out by modality"),
+        (small("MM", mamba=UNEVEN), "mamba2", "inner width 24, not a multiple of d_model 16"),
+        (small("M-M*", mlp=SWIGLU), "granite", "not made of such pairs"),
+        (small("M--*", mlp=SWIGLU), "granite", "the pattern M--\\* is not made of such pairs"),
+        (small("M-*-"), "granite", "layer 1 is a relu2 MLP, and its own are swiglu"),
+        (small("M-M-", mlp=SWIGLU), "granite", "has none"),
+        (small("M-*-", ("x",), mlp=SWIGLU), "granite", "layer 0 routes x by modality"),
+        (small("*-*-", mlp=SWIGLU, layers={2: {"rope_base": 10.0}}), "granite", "layers 0 and 2, both \\*, differ"),
         (small("MM", ("z",)), "mamba2", "layer 0 routes z by modality"),
         (small("M*", attention=ROPE), "nemotron_h", "layer 1 has rotary embeddings"),
         (small("M*-", mlp=SWIGLU), "nemotron_h", "layer 2 is a swiglu MLP"),
