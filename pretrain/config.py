@@ -14,6 +14,7 @@ from typing import Any, Literal
 import pydantic
 import yaml
 
+from ..checkpoints.rules import KeepRules
 from ..data.stream import StreamConfig
 from ..parallel.mesh import ContextConfig, MeshConfig
 from ..parallel.model import ModelConfig
@@ -35,6 +36,11 @@ class TrainConfig:
         checkpoint_every: steps between checkpoints (0: only at the end); the last step always makes one.
         keep: how many checkpoints to keep (0: all).
         keep_every: checkpoints at multiples of this many steps are kept for ever (0: none).
+        async_checkpoint: write checkpoints in the background, from a copy of the state in host memory; a step waits
+            only for the copy.
+        local_folder: a folder on a fast disk of each machine; there every rank also keeps its own part of the newest
+            states, every `local_every` steps, from which a run on the same mesh resumes when it is newer.
+        local_every: steps between them (0: none).
         device: `auto` takes CUDA where there is one.
         timeout: seconds after which a collective that some rank never joined stops the run.
     """
@@ -44,10 +50,28 @@ class TrainConfig:
     checkpoint_every: int = 1000
     keep: int = 2
     keep_every: int = 0
+    async_checkpoint: bool = True
+    local_folder: str = ""
+    local_every: int = 0
     device: Literal["auto", "cpu", "cuda"] = "auto"
     timeout: float = 600.0
 
     __pydantic_config__ = {"extra": "forbid"}
+
+    def keep_rules(self) -> KeepRules:
+        """What of it the checkpoints room wants to know.
+
+        Raises:
+            CheckpointError: values that cannot be.
+        """
+        return KeepRules(
+            self.checkpoint_every,
+            self.keep,
+            self.keep_every,
+            self.async_checkpoint,
+            self.local_folder,
+            self.local_every,
+        )
 
 
 @dataclass(frozen=True)

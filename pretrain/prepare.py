@@ -34,6 +34,7 @@ def check_run(config: RunConfig, world_size: int) -> None:
     config.optim.check()
     if config.train.steps < 1:
         raise ConfigError(f"train.steps: must be at least 1, not {config.train.steps}")
+    config.train.keep_rules()
     config.model.check_context(mesh, config.context)
     cut_tokens(config.data.micro_batch * config.data.seq_len, mesh.cp, mesh.tp, config.context.order)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import importlib.util
+import json
 import os
 import sys
 import time
@@ -15,8 +16,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from ..checkpoints.manifest import newest_checkpoint
-from ..checkpoints.sharded import load_checkpoint, save_checkpoint
+from ..checkpoints.keeper import Keeper
+from ..checkpoints.manifest import hash_config
 from ..data.stream import Step, Stream
 from ..parallel.engines.base import Engine
 from ..parallel.engines.fsdp import FSDPEngine, build_model
@@ -49,13 +50,13 @@ def train(config: RunConfig) -> None:
     if dist.get_rank() == 0:
         prepare_folder(config)
     dist.barrier()
-    resumed = newest_checkpoint(config.checkpoints)
+    keeper = open_keeper(config, engine)
+    resumed = keeper.resume()
     if resumed is not None:
-        manifest = load_checkpoint(resumed, engine.models[0], engine.optimizer)
-        stream.load_state_dict(manifest["data"])
-        first = manifest["step"]
+        stream.load_state_dict(resumed["data"])
+        first = resumed["step"]
 
-    with open_tracker(config, first) as tracker:
+    with keeper, open_tracker(config, first) as tracker:
         for step in range(first, config.train.steps):
             with located(step + 1):
                 started = time.perf_counter()
@@ -75,11 +76,9 @@ def train(config: RunConfig) -> None:
                 losses = sums / mesh.tp_size  # every tp rank counted the same tokens
                 if tracker is not None:
                     seconds = time.perf_counter() - started
-                    tracker.log(step_metrics(config, step + 1, data, losses.tolist(), norm, lr, seconds, waited))
-                if is_checkpoint_step(config, step + 1):
-                    extra = {"step": step + 1, "data": stream.state_dict()}
-                    (model,), keep = engine.models, (config.train.keep, config.train.keep_every)
-                    save_checkpoint(config.checkpoints, model, engine.optimizer, extra, *keep)
+                    metrics = step_metrics(config, step + 1, data, losses.tolist(), norm, lr, seconds, waited)
+                    tracker.log(metrics | keeper.times())
+                keeper.after_step(step + 1, stream.state_dict, last=step + 1 == config.train.steps)
 
     if tracker is not None and importlib.util.find_spec("matplotlib") and first < config.train.steps:
         plot_losses(config.path, config.model.modalities)
@@ -89,6 +88,13 @@ def build_engine(config: RunConfig, mesh: Mesh) -> Engine:
     """Model, optimizer and objective of the run, on this rank."""
     model = build_model(config.model, mesh, seed=config.seed, compute_dtype=DTYPES[config.train.precision])
     return FSDPEngine(model, build_optimizer(config.optim, model), next_token)
+
+
+def open_keeper(config: RunConfig, engine: Engine) -> Keeper:
+    """What saves the run and finds where it stopped; every checkpoint carries the resolved configuration."""
+    values = json.loads(json.dumps(dataclasses.asdict(config)))
+    facts = {"config": values, "config_hash": hash_config(values)}
+    return Keeper(config.checkpoints, engine.models, engine.optimizer, config.train.keep_rules(), facts=facts)
 
 
 @contextlib.contextmanager
@@ -131,11 +137,6 @@ def balance_experts(engine: Engine) -> None:
     dist.all_reduce(loads)
     for layer, load in zip(layers, loads / engine.mesh.tp_size, strict=True):
         layer.balance(load)
-
-
-def is_checkpoint_step(config: RunConfig, step: int) -> bool:
-    every = config.train.checkpoint_every
-    return step == config.train.steps or bool(every and step % every == 0)
 
 
 def step_metrics(
