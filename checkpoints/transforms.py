@@ -169,6 +169,11 @@ class Transformed:
                 self._groups[name] = group, position
                 self._specs[name] = Spec.of(output)
 
+    def in_order(self, names: Iterable[str]) -> Transformed:
+        """The same, its tensors listed in the order of `names` instead of the source's."""
+        self._specs = {name: self._specs[name] for name in names}
+        return self
+
     def specs(self) -> Mapping[str, Spec]:
         return self._specs
 

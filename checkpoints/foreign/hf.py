@@ -122,6 +122,7 @@ def _mamba2(settings: Settings, weights: Source) -> Understood:
         pattern="M" * settings.need("num_hidden_layers"),
         d_model=d,
         norm_eps=settings.get("layer_norm_epsilon", default=1e-5),
+        init_std=settings.get("initializer_range", default=0.1),
         mamba=mamba,
         **_vocabulary(settings),
     )
@@ -169,6 +170,7 @@ def _nemotron_h(settings: Settings, weights: Source) -> Understood:
         pattern=pattern,
         d_model=d,
         norm_eps=settings.get("layer_norm_epsilon", "rms_norm_eps", default=1e-5),
+        init_std=settings.get("initializer_range", default=0.02),
         mamba=MambaConfig(
             d_state=settings.need("ssm_state_size"),
             head_dim=head_dim,
@@ -239,6 +241,7 @@ def _granite(settings: Settings, weights: Source) -> Understood:
         pattern="-".join(types) + "-",
         d_model=d,
         norm_eps=settings.get("rms_norm_eps", default=1e-6),
+        init_std=settings.get("initializer_range", default=0.02),
         mamba=MambaConfig(
             d_state=settings.need("mamba_d_state"),
             head_dim=inner // settings.need("mamba_n_heads") if head_dim == "auto" else head_dim,

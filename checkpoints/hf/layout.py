@@ -51,7 +51,7 @@ def exported(config: ModelConfig, target: Target, tensors: Source, dtype: torch.
     rules = export_rules(config, target)
     if dtype is not None:
         rules = [Rule(r.sources, r.targets, r.map.then(Cast(stored_dtype(r.sources[0], dtype)))) for r in rules]
-    return Transformed(tensors, rules)
+    return Transformed(tensors, rules).in_order(rule.targets[0] for rule in rules)
 
 
 def imported(config: ModelConfig, target: Target, tensors: Source) -> Transformed:
@@ -62,7 +62,7 @@ def imported(config: ModelConfig, target: Target, tensors: Source) -> Transforme
     """
     expected = exported_shapes(config, target)
     check_tensors("the folder", tensors.specs(), expected)
-    return Transformed(tensors, invert(export_rules(config, target)))
+    return Transformed(tensors, invert(export_rules(config, target))).in_order(model_shapes(config))
 
 
 def exported_shapes(config: ModelConfig, target: Target) -> dict[str, tuple[int, ...]]:
