@@ -43,9 +43,13 @@ def read(folder: Path) -> Foreign:
     config = checked(settings, _config(settings, stored))
     rules = list(_rules(config, stored))
     wanted = {source for rule in rules for source in rule.sources}
-    left = [n for n in stored.tensors.specs() if n not in wanted and not _is_known_extra(n)]
+    known = {_without_rank(name) for name in wanted}  # ranks beside the first repeat what is not sharded
+    left = [n for n in stored.tensors.specs() if _without_rank(n) not in known and not _is_known_extra(n)]
+    if left:
+        more = f" and {len(left) - 10} more" if len(left) > 10 else ""
+        raise CheckpointError(f"{folder}: {len(left)} tensors are of no layer that we know: {', '.join(left[:10])}{more}")
     tensors = Transformed(_Only(stored.tensors, wanted, folder), rules)
-    check_tensors(folder, {**tensors.specs(), **dict.fromkeys(left, Spec((), _any_dtype()))}, model_shapes(config))
+    check_tensors(folder, tensors.specs(), model_shapes(config))
     notes = []
     if not settings.get("untie_embeddings_and_output_weights", default=False):
         notes.append("embeddings were tied and are not any more: lm_head starts as a copy")
@@ -55,10 +59,8 @@ def read(folder: Path) -> Foreign:
     return Foreign(config, tensors, context, tuple(notes), f"Megatron-LM ({stored.kind}), {folder.name}")
 
 
-def _any_dtype() -> Any:
-    import torch
-
-    return torch.float32
+def _without_rank(name: str) -> str:
+    return name.rpartition(":")[2]
 
 
 def _iteration(folder: Path) -> Path:
