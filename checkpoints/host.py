@@ -6,7 +6,8 @@ import base64
 import copy
 import json
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -14,8 +15,9 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from ..parallel.engines.base import Optimizer
 from ..parallel.model import HybridModel
-from .tensors import state_tensors
+from .tensors import put_back, state_tensors
 
 
 class HostCopy:
@@ -66,6 +68,7 @@ class Snapshot:
     def __init__(self) -> None:
         self._copy = HostCopy()
         self._state: dict[str, Any] | None = None
+        self._home: Callable[[], None] = lambda: None
         self._random = torch.empty(0)
 
     @property
@@ -83,9 +86,7 @@ class Snapshot:
         """This rank's random states, see `random_state`."""
         return self._random
 
-    def take(
-        self, models: Sequence[HybridModel], optimizer: torch.optim.Optimizer, stream_state: Mapping[str, Any]
-    ) -> None:
+    def take(self, models: Sequence[HybridModel], optimizer: Optimizer, stream_state: Mapping[str, Any]) -> None:
         """Copy weights, persistent buffers, optimizer state, random states and the position in the data.
 
         Args:
@@ -93,7 +94,9 @@ class Snapshot:
             optimizer: over their parameters.
             stream_state: `Stream.state_dict()`, or any JSON values.
         """
-        self._copy.take(state_tensors(models, optimizer))
+        tensors = state_tensors(models, optimizer)
+        self._copy.take(tensors)
+        self._home = partial(put_back, tensors, optimizer)
         self._random, self._state = random_state(), copy.deepcopy(dict(stream_state))
 
     def restore(self) -> dict[str, Any]:
@@ -110,6 +113,7 @@ class Snapshot:
         if self._state is None:
             raise RuntimeError("no snapshot has been taken that could be restored")
         self._copy.restore()
+        self._home()
         set_random_state(self._random)
         return copy.deepcopy(self._state)
 

@@ -17,9 +17,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import torch
 import torch.distributed as dist
 
+from ..parallel.engines.base import Optimizer
 from ..parallel.model import HybridModel
 from .errors import CheckpointError
 from .host import HostCopy, Snapshot
@@ -28,7 +28,7 @@ from .manifest import clear_leftovers, newest_checkpoint, read_manifest, step_of
 from .rules import KeepRules
 from .saving import together, write_checkpoint
 from .sharded import load_checkpoint, random_tensors
-from .tensors import RANDOM, state_tensors
+from .tensors import RANDOM, put_back, state_tensors
 
 RUN_ID = "run_id"
 PATIENCE = timedelta(hours=2)  # for the slowest rank's disk; the loop's collectives have a timeout of their own
@@ -94,7 +94,7 @@ class Keeper:
         self,
         folder: Path,
         models: Sequence[HybridModel],
-        optimizer: torch.optim.Optimizer,
+        optimizer: Optimizer,
         rules: KeepRules,
         *,
         facts: Mapping[str, Any] | None = None,
@@ -186,7 +186,9 @@ class Keeper:
             self._say("local_damaged", step, f"the local parts of step {step} cannot be used: {error}")
             return None
         part, data = read[0]
-        fill(state_tensors(self.models, self.optimizer), part)
+        live = state_tensors(self.models, self.optimizer)
+        fill(live, part)
+        put_back(live, self.optimizer)
         self._say("local_resumed", step, f"resumed step {step} from {tier.folder.parent.parent}")
         return {"step": step, "data": data}
 

@@ -19,12 +19,13 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
+from ..parallel.engines.base import Optimizer
 from .content import content_hash, content_sum, hash_tensor
 from .errors import CheckpointError
 from .host import random_state, set_random_state
 from .reader import Reader
 from .saving import together, write_checkpoint
-from .tensors import MOMENTS, OPTIMIZER, RANDOM, Models, model_tensors, optimizer_tensors, state_tensors
+from .tensors import MOMENTS, OPTIMIZER, RANDOM, Models, model_tensors, optimizer_tensors, put_back, state_tensors
 
 __all__ = [
     "MOMENTS",
@@ -41,7 +42,7 @@ __all__ = [
 def save_checkpoint(
     folder: Path,
     models: Models,
-    optimizer: torch.optim.Optimizer,
+    optimizer: Optimizer,
     extra: Mapping[str, Any],
     keep: int = 0,
     keep_every: int = 0,
@@ -62,7 +63,7 @@ def random_tensors() -> dict[str, Tensor]:
 
 
 def load_checkpoint(
-    checkpoint: Path, models: Models, optimizer: torch.optim.Optimizer | None = None, *, check_content: bool = True
+    checkpoint: Path, models: Models, optimizer: Optimizer | None = None, *, check_content: bool = True
 ) -> dict[str, Any]:
     """Fill models (and optimizer) in place, re-sharding to their mesh; returns the manifest. All ranks call it.
 
@@ -86,9 +87,7 @@ def load_checkpoint(
             raise CheckpointError(theirs)
     assert reader is not None
     saved: dict[str, Any] = reader.manifest["tensors"]
-    tensors = model_tensors(models)
-    if optimizer is not None:
-        tensors |= optimizer_tensors(models, optimizer)
+    tensors = model_tensors(models) if optimizer is None else state_tensors(models, optimizer)
     _check_same_model(checkpoint, saved, tensors, with_optimizer=optimizer is not None)
     mine = f"{RANDOM}{dist.get_rank()}"
     world = sum(name.startswith(RANDOM) for name in saved)
@@ -98,6 +97,8 @@ def load_checkpoint(
     dcp.load(tensors | generators, storage_reader=reader)
     if check_content:
         _check_content(checkpoint, saved, tensors | generators)
+    if optimizer is not None:
+        put_back(tensors, optimizer)
     if generators:
         set_random_state(generators[mine])
     return reader.manifest

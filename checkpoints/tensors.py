@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
+from ..parallel.engines.base import Elsewhere, Optimizer
+from ..parallel.kinds.moe import MoE
 from ..parallel.model import HybridModel
 from ..parallel.parts import named_parts, split_bank
 
@@ -46,9 +48,27 @@ def optimizer_tensors(models: Models, optimizer: torch.optim.Optimizer) -> dict[
     return tensors
 
 
-def state_tensors(models: Models, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Both of the above."""
-    return model_tensors(models) | optimizer_tensors(models, optimizer)
+def load_tensors(models: Models) -> dict[str, Tensor]:
+    """The expert loads of the last step [modalities, experts]: no weights, but the next step looks at them."""
+    return {
+        f"{OPTIMIZER}expert_load.{name}": layer.expert_load
+        for model in _several(models)
+        for name, layer in model.named_modules()
+        if isinstance(layer, MoE)
+    }
+
+
+def state_tensors(models: Models, optimizer: Optimizer) -> dict[str, Tensor]:
+    """All of the above; copies where the state lies elsewhere (see `put_back`)."""
+    if isinstance(optimizer, Elsewhere):
+        return dict(optimizer.tensors()) | load_tensors(models)
+    return model_tensors(models) | optimizer_tensors(models, optimizer) | load_tensors(models)
+
+
+def put_back(tensors: Mapping[str, Tensor], optimizer: Optimizer) -> None:
+    """Call it after the result of `state_tensors` has been filled."""
+    if isinstance(optimizer, Elsewhere):
+        optimizer.take(tensors)
 
 
 def _several(models: Models) -> Sequence[HybridModel]:

@@ -12,12 +12,16 @@ from pathlib import Path
 from typing import Any, Literal
 
 import pydantic
+import torch
 import yaml
 
 from ..checkpoints.rules import KeepRules
 from ..data.stream import StreamConfig
+from ..parallel.engines.deepspeed import DeepSpeedConfig
 from ..parallel.mesh import ContextConfig, MeshConfig
 from ..parallel.model import ModelConfig
+from ..parallel.pipeline.config import PipelineConfig
+from ..parallel.recompute import RecomputeConfig
 from .errors import ConfigError
 from .optim import OptimConfig
 
@@ -58,6 +62,11 @@ class TrainConfig:
 
     __pydantic_config__ = {"extra": "forbid"}
 
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """Of forward and backward."""
+        return torch.bfloat16 if self.precision == "bfloat16" else torch.float32
+
     def keep_rules(self) -> KeepRules:
         """What of it the checkpoints room wants to know.
 
@@ -96,6 +105,7 @@ class RunConfig:
     Attributes:
         name, folder: of the run; the folder receives configuration, metrics, checkpoints and pictures.
         seed: of the initial weights (the data has its own).
+        engine: what shards over the data-parallel ranks; `deepspeed` takes its own section.
     """
 
     name: str
@@ -105,6 +115,10 @@ class RunConfig:
     seed: int = 0
     mesh: MeshConfig = field(default_factory=MeshConfig)
     context: ContextConfig = field(default_factory=ContextConfig)
+    pipeline: PipelineConfig = field(default_factory=PipelineConfig)
+    recompute: RecomputeConfig = field(default_factory=RecomputeConfig)
+    engine: Literal["fsdp2", "deepspeed"] = "fsdp2"
+    deepspeed: DeepSpeedConfig = field(default_factory=DeepSpeedConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)

@@ -19,19 +19,19 @@ import torch.distributed as dist
 from ..checkpoints.keeper import Keeper
 from ..checkpoints.manifest import hash_config
 from ..data.stream import Step, Stream
-from ..parallel.engines.base import Engine
+from ..parallel.engines.base import Engine, Objective
+from ..parallel.engines.deepspeed import DeepSpeedEngine
 from ..parallel.engines.fsdp import FSDPEngine, build_model
-from ..parallel.kinds.moe import MoE
+from ..parallel.engines.pipeline import PipelineEngine, build_stages
 from ..parallel.megatron import preload
 from ..parallel.mesh import Mesh, build_mesh
 from .config import RunConfig, load_config
 from .errors import DivergenceError
+from .experts import check_routers, finish_experts
 from .meter.tracker import Tracker, plot_losses
 from .objectives.next_token import next_token
 from .optim import build_optimizer
-from .prepare import check_run, open_data, prepare_folder
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+from .prepare import check_run, open_data, prepare_folder, stages_of
 
 
 def train(config: RunConfig) -> None:
@@ -66,28 +66,54 @@ def train(config: RunConfig) -> None:
 
                 sums = engine.accumulate(data.micro_batches, data.total_weight)
                 norm = engine.gradient_norm()
+                check_routers(engine, norm)
                 if config.optim.clip and norm > config.optim.clip:
                     engine.scale(config.optim.clip / norm)
                 lr = config.optim.lr * config.optim.factor(step, config.train.steps)
                 engine.update(lr)
-                balance_experts(engine)
+                experts = finish_experts(engine)
 
                 dist.all_reduce(sums)
                 losses = sums / mesh.tp_size  # every tp rank counted the same tokens
                 if tracker is not None:
                     seconds = time.perf_counter() - started
                     metrics = step_metrics(config, step + 1, data, losses.tolist(), norm, lr, seconds, waited)
-                    tracker.log(metrics | keeper.times())
+                    tracker.log(metrics | experts | keeper.times())
                 keeper.after_step(step + 1, stream.state_dict, last=step + 1 == config.train.steps)
 
     if tracker is not None and importlib.util.find_spec("matplotlib") and first < config.train.steps:
         plot_losses(config.path, config.model.modalities)
 
 
-def build_engine(config: RunConfig, mesh: Mesh) -> Engine:
-    """Model, optimizer and objective of the run, on this rank."""
-    model = build_model(config.model, mesh, seed=config.seed, compute_dtype=DTYPES[config.train.precision])
-    return FSDPEngine(model, build_optimizer(config.optim, model), next_token)
+def build_engine(
+    config: RunConfig, mesh: Mesh, objective: Objective = next_token, dtype: torch.dtype = torch.float32
+) -> Engine:
+    """Model (or this rank's pipeline stages), optimizer and objective of the run; parameters are of `dtype`."""
+    compute = config.train.compute_dtype if dtype == torch.float32 else dtype
+    if config.engine == "deepspeed":
+        adam = config.optim
+        return DeepSpeedEngine(
+            config.model,
+            mesh,
+            objective,
+            config.deepspeed,
+            lr=adam.lr,
+            betas=(adam.beta1, adam.beta2),
+            eps=adam.eps,
+            weight_decay=adam.weight_decay,
+            seed=config.seed,
+            compute_dtype=compute,
+            recompute=config.recompute,
+        )
+    options: dict[str, Any] = {"seed": config.seed, "dtype": dtype, "compute_dtype": compute}
+    options["recompute"] = config.recompute
+    if mesh.pp_size == 1:
+        model = build_model(config.model, mesh, **options)
+        return FSDPEngine(model, build_optimizer(config.optim, model), objective)
+    stages = stages_of(config, mesh.pp_size)
+    models = build_stages(config.model, mesh, config.pipeline, stages, **options)
+    optimizer = build_optimizer(config.optim, *models)
+    return PipelineEngine(models, optimizer, objective, config.pipeline, compute, config.recompute)
 
 
 def open_keeper(config: RunConfig, engine: Engine) -> Keeper:
@@ -126,17 +152,6 @@ def check_agreement(step: int, digest: str) -> None:
             f"step {usual[0]}: ranks hold different batches; {', '.join(others[:8])} differ from the "
             f"other {count} ranks"
         )
-
-
-def balance_experts(engine: Engine) -> None:
-    """Loss-free balancing: one all-reduce of all layers' loads, then each layer moves its selection biases."""
-    layers = [module for model in engine.models for module in model.modules() if isinstance(module, MoE)]
-    if not layers:
-        return
-    loads = torch.stack([layer.load for layer in layers])
-    dist.all_reduce(loads)
-    for layer, load in zip(layers, loads / engine.mesh.tp_size, strict=True):
-        layer.balance(load)
 
 
 def step_metrics(

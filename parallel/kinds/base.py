@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, Protocol
 
 import torch
@@ -57,9 +58,19 @@ class Mixer(PartModule):
     sees all tokens and only its own heads (or channels, or feed-forward columns).
     """
 
-    def __init__(self, config: Any, shape: Shape, mesh: Mesh, parts: Mapping[str, Part]) -> None:
+    def __init__(
+        self,
+        config: Any,
+        shape: Shape,
+        mesh: Mesh,
+        parts: Mapping[str, Part],
+        holders: Mapping[str, PartModule] = MappingProxyType({}),
+    ) -> None:
+        """`holders` are modules that own parts and compute with them; other parts only hang under their names."""
         super().__init__()
         self.config, self.shape, self.mesh = config, shape, mesh
+        for name, holder in holders.items():
+            self.add_module(name, holder)
         for name, part in parts.items():
             add_part(self, name, part, mesh)
 
@@ -126,3 +137,8 @@ def flat(x_bsD: Tensor) -> Tensor:
 
 def squared_relu(x: Tensor) -> Tensor:
     return torch.relu(x).square()
+
+
+def skip(y: Tensor, x: Tensor, D_H: Tensor) -> Tensor:
+    """y + D·x, both […, H, P]."""
+    return y + (x * D_H[:, None]).to(y.dtype)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ...kernels.conv import causal_conv1d
 from ...kernels.norm import gated_rms_norm
-from ...kernels.ssd import ssd
+from ...kernels.ssd import ssd, ssd_core
 from ..errors import PlanError
 from ..layout import HALO, Layout
 from ..linear import packed_linear, project
@@ -23,7 +23,7 @@ from ..megatron import sum_over_both_ways
 from ..mesh import Mesh
 from ..parts import Init, Part, local
 from ..routing import Route
-from .base import HFKey, Kind, Mixer, NewTokens, Shape, flat
+from .base import HFKey, Kind, Mixer, NewTokens, Shape, flat, skip
 from .mamba_context import over_heads, pass_states
 
 PROJECTIONS = ("z", "x", "B", "C", "dt")
@@ -132,6 +132,10 @@ class Mamba(Mixer):
         self.n_heads = config.n_heads(shape) // mesh.tp_size
         self.n_groups = 1 if self.spans_ranks else config.n_groups // mesh.tp_size
 
+        # For schedules that compute gradients of weights apart from those of inputs: an operator that takes a parameter
+        # would run its whole backward twice, so A, dt_bias and D then stay outside of the scan.
+        self.split_backward = False
+
     def forward(self, h_TD: Tensor, layout: Layout) -> Tensor:
         if layout.context is not None:
             by_heads = layout.context.mesh.context.mamba == "heads"
@@ -191,6 +195,10 @@ class Mamba(Mixer):
     ) -> tuple[Tensor, Tensor]:
         """[b, l, x|B|C] → y [b, l, I] and the final state [b, H, P, N]."""
         x, B, C = self.split(xBC, self.n_heads, self.n_groups)
+        if self.split_backward and state is None:
+            wide = dt.to(torch.promote_types(dt.dtype, torch.float32)) + self.bias_of_dt(plan, dt.shape)
+            y, final = self.scan_outside(x, wide, self.decay_rate(xBC.dtype), B, C, local(self.D), seq_idx)
+            return y.flatten(-2), final
         outputs = ssd(
             x,
             dt,
@@ -207,6 +215,20 @@ class Mamba(Mixer):
         )
         assert isinstance(outputs, tuple)
         return outputs[0].flatten(-2), outputs[1]
+
+    def scan_outside(
+        self, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, seq_idx: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """The same scan with every parameter outside of the operator; dt has its bias already."""
+        scale = nn.functional.softplus(dt.to(torch.promote_types(dt.dtype, torch.float32)))
+        outputs = ssd_core(
+            *(x, scale * A, scale, B, C),
+            seq_idx=seq_idx,
+            chunk_size=self.config.chunk_size,
+            return_final_states=True,
+        )
+        assert isinstance(outputs, tuple)
+        return skip(outputs[0], x, D), outputs[1]
 
     def bias_of_dt(self, plan: Route, shape: Sequence[int]) -> Tensor:
         """[H], or of the given shape [b, l, H] where each modality has its own."""

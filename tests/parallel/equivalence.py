@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -11,10 +13,11 @@ from torch.distributed.tensor import DTensor
 
 from polylepis.checkpoints.sharded import model_tensors
 from polylepis.parallel.engines.fsdp import build_model, gradient_norm
+from polylepis.parallel.kinds.moe import MoE
 from polylepis.parallel.layout import Layout
 from polylepis.parallel.mesh import ContextConfig, MeshConfig, build_mesh, init_process_group
-from polylepis.parallel.model import ModelConfig
-from polylepis.parallel.parts import named_parts, split_bank
+from polylepis.parallel.model import HybridModel, ModelConfig
+from polylepis.parallel.parts import named_parts, whole_entries
 from reference import reference_loss
 from toys import toy_batch
 
@@ -22,9 +25,10 @@ DOCUMENTS = [[[13, 1, 9], [20]], [[24], [5, 18]], [[2, 2, 2, 2], [11, 12]], [[7]
 SEQ_LEN = 24
 
 
-def batches(absent: tuple[int, ...] = ()) -> list[dict[str, Tensor]]:
-    """Four micro-batches; `absent` modalities are missing from the second and third."""
-    return [toy_batch(docs, SEQ_LEN, seed, absent if seed in (1, 2) else ()) for seed, docs in enumerate(DOCUMENTS)]
+def batches(absent: tuple[int, ...] = (), count: int = len(DOCUMENTS)) -> list[dict[str, Tensor]]:
+    """Micro-batches; `absent` modalities are missing from the second and third."""
+    documents = itertools.islice(itertools.cycle(DOCUMENTS), count)
+    return [toy_batch(docs, SEQ_LEN, seed, absent if seed in (1, 2) else ()) for seed, docs in enumerate(documents)]
 
 
 def gradients(
@@ -33,27 +37,44 @@ def gradients(
     dtype: torch.dtype,
     absent: tuple[int, ...],
     context: ContextConfig | None = None,
+    count: int = len(DOCUMENTS),
+    bias: tuple[float, ...] = (),
 ) -> tuple[float, float, dict[str, Tensor]]:
-    """Loss, gradient norm and whole gradients of one step over all micro-batches, split over data-parallel ranks."""
+    """Loss, gradient norm and whole gradients of one step over all micro-batches, split over data-parallel ranks.
+
+    Expert layers start as if a step with uneven loads had gone before, with the selection `bias` where one is given.
+    """
     mesh = build_mesh(mesh_config, "cpu", context)
     model = build_model(config, mesh, seed=3, dtype=dtype)
-    mine = batches(absent)[mesh.dp_rank :: mesh.dp_size]
-    total = sum(float(b["loss_weight"].double().sum()) for b in batches(absent))
+    start_experts(model, bias)
+    mine = batches(absent, count)[mesh.dp_rank :: mesh.dp_size]
+    total = sum(float(b["loss_weight"].double().sum()) for b in batches(absent, count))
     loss = torch.zeros((), dtype=torch.float64)
     for batch in mine:
-        layout = Layout.from_batch(batch, 3, mesh)
+        layout = Layout.from_batch(batch, 3, mesh, total)
         tokens, labels, weights = (layout.mine(batch[n].reshape(-1)) for n in ("tokens", "labels", "loss_weight"))
         part = (model(tokens, layout, labels) * weights.to(dtype)).sum() / total
         part.backward()
         loss += part.detach().double()
     dist.all_reduce(loss)
+    return float(loss) / mesh.tp_size, gradient_norm(model.parameters()), whole_gradients([model])
+
+
+def whole_gradients(models: Iterable[HybridModel]) -> dict[str, Tensor]:
+    """The gradients of this rank's stages, gathered over the stage's ranks."""
     grads: dict[str, Tensor] = {}
-    for name, parameter, spec in named_parts(model):
+    for name, parameter, spec in (part for model in models for part in named_parts(model)):
         assert isinstance(parameter.grad, DTensor), name
-        for key, entry in split_bank(parameter.grad, spec, name).items():
-            assert isinstance(entry, DTensor)
-            grads[key] = entry.full_tensor()
-    return float(loss) / mesh.tp_size, gradient_norm(model.parameters()), grads
+        grads.update(whole_entries(parameter.grad, spec, name))
+    return grads
+
+
+def start_experts(model: HybridModel, bias: tuple[float, ...] = ()) -> None:
+    """As if a step with uneven loads had gone before; with this selection bias where one is given."""
+    for layer in (module for module in model.modules() if isinstance(module, MoE)):
+        layer.expert_load.copy_(torch.arange(1.0, 1 + layer.expert_load.numel()).view_as(layer.expert_load))
+        if bias:
+            layer.selection_bias.copy_(torch.tensor(bias))
 
 
 def oracle(config: ModelConfig, absent: tuple[int, ...]) -> tuple[float, float, dict[str, Tensor]]:
@@ -86,6 +107,12 @@ def assert_equal_gradients(actual: Any, expected: Any, tolerance: float) -> None
             assert difference / scale <= tolerance, f"{name}: {difference / scale:.1e}"
 
 
-def gradients_alone(config: ModelConfig, dtype: torch.dtype, absent: tuple[int, ...] = ()) -> Any:
+def gradients_alone(
+    config: ModelConfig,
+    dtype: torch.dtype,
+    absent: tuple[int, ...] = (),
+    count: int = len(DOCUMENTS),
+    bias: tuple[float, ...] = (),
+) -> Any:
     init_process_group("cpu")
-    return gradients(config, MeshConfig(), dtype, absent)
+    return gradients(config, MeshConfig(), dtype, absent, None, count, bias)

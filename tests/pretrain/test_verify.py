@@ -17,6 +17,7 @@ from polylepis.parallel import model as model_module
 from polylepis.parallel.kinds import mamba_context
 from polylepis.parallel.layout import Layout
 from polylepis.parallel.mesh import ContextConfig, MeshConfig, build_mesh
+from polylepis.pretrain import train as train_module
 from polylepis.pretrain import verify as verify_module
 from polylepis.pretrain.config import RunConfig, load_config
 from polylepis.pretrain.errors import ConfigError
@@ -27,7 +28,7 @@ from ranks import run_ranks
 def plan(**axes: int) -> RunConfig:
     mesh = MeshConfig(**{"dp_shard": 1, **axes})
     context = ContextConfig(mamba="state", attention="gather")
-    world = mesh.dp_replicate * mesh.dp_shard * mesh.cp * mesh.tp
+    world = mesh.n_processes
     return verification(replace(load_config("quickstart"), mesh=mesh, context=context), world)
 
 
@@ -43,7 +44,7 @@ def inject(fault: str) -> None:
         original = model_module.local
         model_module.local = lambda parameter, partial=False: original(parameter)  # type: ignore[assignment]
     elif fault in ("wrong divide factor", "averaged reduction"):
-        build = verify_module.build_model
+        build = train_module.build_model
 
         def build_faulty(*args: object, **kwargs: object) -> torch.nn.Module:
             model = build(*args, **kwargs)  # type: ignore[arg-type]
@@ -52,7 +53,7 @@ def inject(fault: str) -> None:
                 module.set_gradient_divide_factor(2.0)
             return model
 
-        verify_module.build_model = build_faulty  # type: ignore[assignment]
+        train_module.build_model = build_faulty  # type: ignore[assignment]
     elif fault == "halo off by one":
         exchange = mamba_context.exchange_halo
 
@@ -154,6 +155,16 @@ def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert output.count(" ok") == 7
 
 
+def test_the_command_with_stages_and_recompute(capsys: pytest.CaptureFixture[str]) -> None:
+    """Experts are replayed though the forwards of stages interleave and layers are run again."""
+    options = ["mesh={pp: 2, dp_shard: 1}", "model.pattern=ME*E", "pipeline.schedule=interleaved"]
+    recompute = "recompute={mamba: full, attention: selective, moe: full}"
+    assert main(["verify", "quickstart", *options, recompute]) == 0
+    output = capsys.readouterr().out
+    assert "plan: pp 2 (interleaved) × " in output and output.strip().endswith("verdict: equal")
+    assert output.count(" ok") == 9
+
+
 @pytest.mark.full
 def test_the_8b_recipe_at_tp_4(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["verify", "mamba2-hybrid-8b"]) == 0
@@ -166,3 +177,8 @@ def test_an_excess_ends_with_exit_code_1(monkeypatch: pytest.MonkeyPatch, capsys
     assert main(["verify", "quickstart"]) == 1
     output = capsys.readouterr().out
     assert "EXCEEDED  layers.0.norm.weight" in output and "NOT EQUAL" in output
+
+
+def test_deepspeed_is_refused_with_what_to_do() -> None:
+    with pytest.raises(ConfigError, match="engine=fsdp2"):
+        verification(replace(load_config("quickstart"), engine="deepspeed"), 2)
