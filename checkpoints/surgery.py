@@ -114,15 +114,19 @@ def grow_experts(
     widths = [config.layer(i)[1].d_ff for i in chosen]
     for index, width in zip(chosen, widths, strict=True):
         activation = config.layer(index)[1].activation
-        if activation != "relu2":
-            raise CheckpointError(f"layer {index} is a {activation} MLP, but experts are relu2")
+        if activation not in ("relu2", "swiglu"):
+            raise CheckpointError(f"layer {index} is a {activation} MLP, but experts are relu2 or swiglu")
+        if activation != config.layer(chosen[0])[1].activation:
+            raise CheckpointError(f"layers {chosen[0]} and {index} differ in their activation, experts are all alike")
         if not 0 < d_ff_shared < width:
             raise CheckpointError(f"d_ff_shared {d_ff_shared} must lie between 1 and {width - 1} (layer {index})")
     kept = {i: dict(v) for i, v in config.layers.items() if i not in chosen}
     default = widths[0] - d_ff_shared
     overrides = {i: {"d_ff": w - d_ff_shared} for i, w in zip(chosen, widths, strict=True) if w - d_ff_shared != default}
     sizes = {"n_experts": n_experts, "top_k": top_k, "d_ff": default, "d_ff_shared": d_ff_shared}
-    moe = dataclasses.replace(config.moe, **sizes)
+    moe = dataclasses.replace(config.moe, **sizes, activation=config.layer(chosen[0])[1].activation)
+    if not moe.renormalise or moe.capacity_factor:
+        raise CheckpointError("expert weights must sum to scale: needs renormalise and no capacity_factor")
     new = dataclasses.replace(config, pattern=_exchange(config.pattern, set(chosen)), moe=moe, layers=kept | overrides)
     rules: list[Rule] = []
     for index, width in zip(chosen, widths, strict=True):
@@ -142,17 +146,15 @@ def _expert_rules(config: ModelConfig, index: int, sizes: tuple[int, int], noise
     def to_experts(stem: str) -> tuple[str, ...]:
         return (f"{name}.shared.{stem}_proj.weight", *(f"{name}.{stem}_proj.weight.experts.{j}" for j in experts))
 
-    up: Map = Unpack(sizes).then(fan)
-    down: Map = Unpack(sizes, axis="in").then(Each((KEEP, Scale(1 / layer.scale)))).then(fan)
-    if noise:
-        up, down = (
-            m.then(Each((KEEP, *(Noise(noise, seed + k * layer.n_experts + j) for j in experts)))) for k, m in enumerate((up, down))
-        )
-    return [
-        Rule((f"{name}.up_proj.weight",), to_experts("up"), up),
-        Rule((f"{name}.down_proj.weight",), to_experts("down"), down),
-        Rule((), (f"{name}.router.weight", f"{name}.selection_bias"), Fresh(fresh)),
-    ]
+    rules = [Rule((), (f"{name}.router.weight", f"{name}.selection_bias"), Fresh(fresh))]
+    for k, stem in enumerate((*(p.removesuffix("_proj") for p in layer.projections), "down")):
+        split: Map = Unpack(sizes)
+        if stem == "down":
+            split = Unpack(sizes, axis="in").then(Each((KEEP, Scale(1 / layer.scale))))
+        noisy = Each((KEEP, *(Noise(noise, seed + k * layer.n_experts + j) for j in experts)))
+        map_ = split.then(fan).then(noisy) if noise else split.then(fan)
+        rules.append(Rule((f"{name}.{stem}_proj.weight",), to_experts(stem), map_))
+    return rules
 
 
 def _exchange(pattern: str, layers: set[int]) -> str:

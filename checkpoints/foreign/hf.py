@@ -154,8 +154,6 @@ def _nemotron_h(settings: Settings, weights: Source) -> Understood:
     heads, head_dim = settings.need("mamba_num_heads"), settings.need("mamba_head_dim")
     moe = MoEConfig()
     if "E" in pattern:
-        settings.only("n_group", 1)
-        settings.only("norm_topk_prob", True)
         settings.only("n_shared_experts", 1)
         moe = MoEConfig(
             n_experts=settings.need("n_routed_experts"),
@@ -163,6 +161,9 @@ def _nemotron_h(settings: Settings, weights: Source) -> Understood:
             d_ff=settings.need("moe_intermediate_size"),
             d_ff_shared=settings.need("moe_shared_expert_intermediate_size"),
             scale=float(settings.get("routed_scaling_factor", default=1.0)),
+            renormalise=settings.get("norm_topk_prob", default=True),
+            n_groups=settings.get("n_group", default=1),
+            top_groups=settings.get("topk_group", default=1),
         )
         if settings.get("mlp_hidden_act", default="relu2") != "relu2":
             raise settings.refuse("experts are not relu2")

@@ -263,10 +263,9 @@ def _config(settings: Settings, stored: _Stored) -> ModelConfig:
 
 def _experts(settings: Settings) -> MoEConfig:
     settings.only("moe_router_score_function", "sigmoid")
-    settings.only("moe_router_num_groups", 1)
-    settings.only("squared_relu", True)
-    if settings.get("moe_router_score_function") is None:
-        raise settings.refuse("moe_router_score_function is not sigmoid")
+    groups = settings.get("moe_router_num_groups", default=1)
+    if settings.get("moe_router_score_function") is None or not settings.get("squared_relu", default=False):
+        raise settings.refuse("experts are not routed by sigmoid scores (moe_router_score_function) to squared_relu MLPs")
     if not settings.get("moe_shared_expert_intermediate_size", default=0):
         raise settings.refuse("moe_shared_expert_intermediate_size is 0: no shared expert")
     return MoEConfig(
@@ -275,6 +274,8 @@ def _experts(settings: Settings) -> MoEConfig:
         d_ff=settings.get("moe_ffn_hidden_size", "ffn_hidden_size"),
         d_ff_shared=settings.need("moe_shared_expert_intermediate_size"),
         scale=float(settings.get("moe_router_topk_scaling_factor", default=1.0)),
+        n_groups=groups,
+        top_groups=settings.get("moe_router_group_topk", default=groups),
     )
 
 

@@ -25,13 +25,16 @@ CLASSES: Mapping[Target, str] = {
     "polylepis": "PolylepisForCausalLM",
 }
 PAD, BOS, EOS = 0, 1, 2
-TRAINING_ONLY = ("bias_update_rate",)
+TRAINING_ONLY = ("bias_update_rate", "aux_sequence", "aux_global", "z_loss", "capacity_factor")
 # What the library classes have once for the whole model. Tiling and initial values are not among it.
 SIZES: Mapping[str, tuple[str, ...]] = {
     "M": ("expand", "width", "d_state", "head_dim", "n_groups", "d_conv"),
     "*": ("n_heads", "n_kv_heads", "head_dim", "rope_base"),
     "-": ("d_ff", "activation"),
-    "E": ("n_experts", "top_k", "d_ff", "d_ff_shared", "scale"),
+    "E": (
+        *("n_experts", "top_k", "d_ff", "d_ff_shared", "scale", "activation"),
+        *("router", "renormalise", "n_groups", "top_groups", "partition"),
+    ),
 }
 
 
@@ -95,6 +98,10 @@ def _not_nemotron_h(config: ModelConfig) -> str | None:
             return f"layer {index} is a swiglu MLP"
         if symbol == "-":
             activations.add(layer.activation)
+        if symbol == "E" and (layer.router, layer.activation) != ("sigmoid", "relu2"):
+            return f"layer {index} has a {layer.router} router and {layer.activation} experts, its own are sigmoid and relu2"
+        if symbol == "E" and layer.partition:
+            return f"layer {index} deals its experts out to modalities"
         if symbol == "E" and (layer.n_experts < 2 or layer.d_ff_shared < 1):
             return f"layer {index} has {layer.n_experts} experts and a shared one of width {layer.d_ff_shared}"
         if symbol == "E" and (layer.d_ff % 8 or config.d_model % 8):
@@ -261,9 +268,9 @@ def _nemotron_h(config: ModelConfig, context: int) -> dict[str, Any]:
             "n_shared_experts": 1,
             "moe_shared_expert_intermediate_size": moe.d_ff_shared,
             "routed_scaling_factor": moe.scale,
-            "norm_topk_prob": True,
-            "n_group": 1,
-            "topk_group": 1,
+            "norm_topk_prob": moe.renormalise,
+            "n_group": moe.n_groups,
+            "topk_group": moe.top_groups,
         }
     return result
 

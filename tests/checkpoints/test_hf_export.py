@@ -39,6 +39,7 @@ VOCABULARY = {"modalities": ["text", "image", "voice"], "sizes": [10, 7, 5], "sp
 ONE_GROUP = MambaConfig(d_state=6, head_dim=4, n_groups=1, chunk_size=8)
 UNEVEN = MambaConfig(width=24, d_state=6, head_dim=4, n_groups=2, chunk_size=8)
 WIDE = AttentionConfig(n_heads=4, n_kv_heads=1, head_dim=8)
+GROUPED = MoEConfig(n_experts=8, top_k=3, d_ff=8, d_ff_shared=12, n_groups=4, top_groups=2, renormalise=False)
 GELU, SWIGLU = MLPConfig(20, "gelu"), MLPConfig(20, "swiglu")
 ROPE = AttentionConfig(n_heads=4, n_kv_heads=2, head_dim=6, rope_base=100.0)
 
@@ -86,6 +87,8 @@ def round_trip(
         (small("M-", mamba=UNEVEN), "polylepis", "PolylepisForCausalLM"),
         (ROUTED, None, "PolylepisForCausalLM"),
         (small("M-M*E", mlp=SWIGLU, attention=ROPE), None, "PolylepisForCausalLM"),
+        (small("M*E", moe=GROUPED), None, "NemotronHForCausalLM"),
+        (small("M*E", moe=dataclasses.replace(GROUPED, router="softmax")), None, "PolylepisForCausalLM"),
         (small("MM-"), None, "PolylepisForCausalLM"),
         (HYBRID, "polylepis", "PolylepisForCausalLM"),
     ],
@@ -133,6 +136,7 @@ def test_mamba2_with_groups(tmp_path: Path) -> None:
         (small("M*-E", mlp=GELU), "nemotron_h", "one activation for MLPs \\(gelu\\) and experts"),
         (small("M*E", layers={2: {"d_ff": 10}}), "nemotron_h", "layer 2 has experts of 16 × 10"),
         (small("M*E", layers={2: {"n_experts": 1, "top_k": 1}}), "nemotron_h", "layer 2 has 1 experts"),
+        (small("M*E", moe=dataclasses.replace(GROUPED, activation="swiglu")), "nemotron_h", "swiglu experts"),
         (small("M*--", layers={3: {"d_ff": 12}}), "nemotron_h", "layers 2 and 3, both -, differ in size"),
         (small("MM", mamba=ONE_GROUP, layers={1: {"d_state": 4}}), "mamba2", "layers 0 and 1, both M, differ in size"),
     ],

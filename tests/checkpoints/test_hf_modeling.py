@@ -16,6 +16,7 @@ from polylepis.checkpoints.transforms import Tensors, Transformed, in_memory
 from polylepis.parallel.engines.fsdp import build_model
 from polylepis.parallel.kinds.attention import AttentionConfig
 from polylepis.parallel.kinds.mlp import MLPConfig
+from polylepis.parallel.kinds.moe import MoEConfig
 from polylepis.parallel.layout import Layout
 from polylepis.parallel.mesh import MeshConfig, build_mesh
 from polylepis.parallel.model import HybridModel, ModelConfig
@@ -31,6 +32,26 @@ MODELS = {
     "rope, swiglu": toy("M*-M", ("z", "dt_bias"), vocab_size=54, attention=ROPE, mlp=MLPConfig(20, "swiglu")),
     "gelu, out": toy("M--*", ("out", "B"), vocab_size=54, mlp=MLPConfig(20, "gelu")),
     "nothing routed": toy("ME", (), vocab_size=54, layers={1: {"n_experts": 4, "scale": 0.7}}),
+    "softmax, partition, swiglu": toy(
+        "ME",
+        (),
+        vocab_size=54,
+        moe=MoEConfig(
+            n_experts=8,
+            top_k=2,
+            d_ff=10,
+            d_ff_shared=12,
+            router="softmax",
+            activation="swiglu",
+            partition={"text": 2, "image": 2, "voice": 2, "shared": 2},
+        ),
+    ),
+    "groups, not renormalised": toy(
+        "EM",
+        (),
+        vocab_size=54,
+        moe=MoEConfig(n_experts=8, top_k=3, d_ff=10, d_ff_shared=12, n_groups=4, top_groups=2, renormalise=False),
+    ),
     "no mamba": toy("*-", (), vocab_size=54),
 }
 ROUTED = MODELS["everything routed"]

@@ -83,10 +83,14 @@ def test_selecting_text_equals_the_routed_model_on_text() -> None:
     assert_equal(losses(alone, True), losses(routed, True))
 
 
-@pytest.mark.parametrize("scale", [1.0, 1.5])
-@pytest.mark.parametrize("layers", [None, [3]])
-def test_experts_grown_from_mlps_compute_what_the_mlps_did(layers: list[int] | None, scale: float) -> None:
-    dense = build(toy("M-|*-", layers={3: {"d_ff": 24}}, moe=MoEConfig(scale=scale)))
+@pytest.mark.parametrize(
+    ("scale", "layers", "activation"), [(1.0, None, "relu2"), (1.5, [3], "relu2"), (1.5, None, "swiglu")]
+)
+def test_experts_grown_from_mlps_compute_what_the_mlps_did(
+    layers: list[int] | None, scale: float, activation: str
+) -> None:
+    mlp = MLPConfig(20, activation)
+    dense = build(toy("M-|*-", layers={3: {"d_ff": 24}}, mlp=mlp, moe=MoEConfig(scale=scale)))
     config, rules = grow_experts(dense.config, n_experts=5, top_k=2, d_ff_shared=8, layers=layers, seed=3)
     assert config.pattern == ("ME|*E" if layers is None else "M-|*E")
     grown = rebuilt(config, changed(tensors_of(dense), rules))
@@ -152,7 +156,8 @@ def test_cast_keeps_what_is_sensitive() -> None:
         (lambda: grow_experts(toy("M-*"), 4, 2, 4, layers=[2]), r"layers \[2\] of M-\*"),
         (lambda: grow_experts(toy("M-"), 4, 5, 4), "top_k 5 must lie between 1 and n_experts 4"),
         (lambda: grow_experts(toy("M-"), 4, 2, 20), r"d_ff_shared 20 must lie between 1 and 19 \(layer 1\)"),
-        (lambda: grow_experts(toy("M-", mlp=MLPConfig(20, "gelu")), 4, 2, 4), "layer 1 is a gelu MLP"),
+        (lambda: grow_experts(toy("M-", mlp=MLPConfig(20, "gelu")), 4, 2, 4), "layer 1 is a gelu MLP, but experts are relu2 or swiglu"),
+        (lambda: grow_experts(toy("M-", moe=MoEConfig(renormalise=False)), 4, 2, 4), "must sum to scale"),
         (lambda: grow_experts(toy("M-E"), 4, 2, 4), "M-E has experts already"),
         (lambda: extend_vocabulary(toy("M"), OLD, OLD | {"sizes": [8, 4]}), "text: 9 → 8"),
         (lambda: extend_vocabulary(toy("M"), OLD, NEW | {"modalities": ["voice", "text", "image"]}), "smaller|do not extend"),
