@@ -90,6 +90,31 @@ def convert(
     print_table(list(rows.items()))
 
 
+@click.command("eval")
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.option("--tasks", required=True, help="Names of the harness's tasks, or of your own, with commas between.")
+@click.option("--include", type=click.Path(path_type=Path), help="A folder with task files of your own.")
+@click.option("--device", default="cpu", show_default=True)
+@click.option("--batch-size", default=1, show_default=True)
+@click.option("--max-length", type=int, help="Tokens of context.  [default: that of training]")
+@click.option("--limit", type=int, help="Examples per task.")
+def evaluate_export(
+    folder: Path,
+    tasks: str,
+    include: Path | None,
+    device: str,
+    batch_size: int,
+    max_length: int | None,
+    limit: int | None,
+) -> None:
+    """Run lm-evaluation-harness on FOLDER, a Hugging Face export, offline (needs the extra `eval`)."""
+    from .hf.harness import evaluate_export as run
+
+    options: dict[str, Any] = {"include": include, "device": device, "batch_size": batch_size}
+    results = run(folder, tasks.split(","), max_length=max_length, limit=limit, **options)
+    print_table([(f"{task} {name}", f"{v:.4g}") for task, row in results.items() for name, v in row.items()])
+
+
 def print_table(rows: Sequence[tuple[str, Any]]) -> None:
     width = max(len(name) for name, _ in rows)
     for name, value in rows:

@@ -92,8 +92,9 @@ def training_facts(run: Path, opened: Run) -> dict[str, Any]:
     from .manifest import read_manifest
 
     manifest = read_manifest(opened.checkpoint)
-    step, data, train, optim = manifest.get("step"), *(
-        opened.values.get(section) or {} for section in ("data", "train", "optim")
+    step, data, train, optim = (
+        manifest.get("step"),
+        *(opened.values.get(section) or {} for section in ("data", "train", "optim")),
     )
     facts: dict[str, Any] = {"run": run.name, "step": "unknown" if step is None else f"{step:,}"}
     if step and data.get("global_batch") and data.get("seq_len"):
@@ -135,7 +136,7 @@ def to_hf(
     from .hf.verify import transformers_module
     from .sources import Distributed
     from .surgery import select_modality
-    from .transforms import Source, Transformed
+    from .transforms import Transformed
 
     transformers_module()
     config = opened.config

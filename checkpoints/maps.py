@@ -251,7 +251,9 @@ class Fan(Map):
     by_rows = False
 
     def __call__(self, values: Sequence[Tensor]) -> list[Tensor]:
-        return [value if k == 0 else value.clone() for value, n in zip(values, self.counts, strict=True) for k in range(n)]
+        return [
+            value if k == 0 else value.clone() for value, n in zip(values, self.counts, strict=True) for k in range(n)
+        ]
 
     def inverse(self) -> Map:
         return Unfan(self.counts)

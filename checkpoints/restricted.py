@@ -130,4 +130,6 @@ def load_torch(path: Path) -> Any:
     except (pickle.UnpicklingError, EOFError, RuntimeError, AttributeError, TypeError, ValueError, KeyError) as error:
         if isinstance(error, CheckpointError):
             raise
-        raise CheckpointError(f"{path}: cannot be read as a PyTorch file ({str(error).splitlines()[0][:200]})") from error
+        raise CheckpointError(
+            f"{path}: cannot be read as a PyTorch file ({str(error).splitlines()[0][:200]})"
+        ) from error

@@ -23,7 +23,6 @@ from .errors import CheckpointError
 from .restricted import load_metadata, load_torch
 from .transforms import PIECE_BYTES, Spec, row_blocks, rows_per_block
 
-
 NOT_THE_MODEL = ("optimizer.", "random.")
 
 
@@ -75,7 +74,7 @@ class Distributed:
                 place = folder / str(where.relative_path), where.offset, where.length
                 self._chunks[index.fqn].append(_Chunk(offsets, sizes[index.fqn, offsets], *place))
         for name, chunks in self._chunks.items():
-            covered = sum(math.prod(chunk.sizes) for chunk in chunks)
+            covered = sum(int(math.prod(chunk.sizes)) for chunk in chunks)
             if covered != math.prod(self._specs[name].shape):
                 raise CheckpointError(f"{folder}: {name} is stored in {covered:,} elements, not in all of its own")
 
@@ -102,7 +101,7 @@ class Distributed:
         result = torch.empty((stop - start, *spec.shape[1:]), dtype=spec.dtype)
         for chunk in self._chunks[name]:
             first, last = max(start, chunk.offsets[0]), min(stop, chunk.offsets[0] + chunk.sizes[0])
-            if first < last and math.prod(chunk.sizes):
+            if first < last and 0 not in chunk.sizes:
                 inside = [slice(first - start, last - start)]
                 inside += [slice(o, o + s) for o, s in zip(chunk.offsets[1:], chunk.sizes[1:], strict=True)]
                 view = result[tuple(inside)]
@@ -120,10 +119,10 @@ class Distributed:
             return self._whole(chunk, spec)[start:stop]
         row = math.prod(chunk.sizes[1:]) * spec.dtype.itemsize
         target = out if out.is_contiguous() else torch.empty(out.shape, dtype=spec.dtype)
-        buffer = target.view(-1).view(torch.uint8).numpy()
+        buffer: Any = target.view(-1).view(torch.uint8).numpy()
         with open(chunk.path, "rb") as file:
             file.seek(data + start * row)
-            if file.readinto(buffer) != (stop - start) * row:  # type: ignore[attr-defined]
+            if file.readinto(buffer) != (stop - start) * row:
                 raise CheckpointError(f"{chunk.path}: ends before the tensor that it should hold")
         return None if target is out else target
 
@@ -162,7 +161,7 @@ class _Window(io.RawIOBase):
 
     def __init__(self, path: Path, start: int, length: int) -> None:
         try:
-            self._file = open(path, "rb")  # noqa: SIM115 (closed in close)
+            self._file = open(path, "rb")
         except FileNotFoundError:
             raise CheckpointError(f"{path}: is missing") from None
         self._start, self._length, self._position = start, length, 0

@@ -122,7 +122,9 @@ def grow_experts(
             raise CheckpointError(f"d_ff_shared {d_ff_shared} must lie between 1 and {width - 1} (layer {index})")
     kept = {i: dict(v) for i, v in config.layers.items() if i not in chosen}
     default = widths[0] - d_ff_shared
-    overrides = {i: {"d_ff": w - d_ff_shared} for i, w in zip(chosen, widths, strict=True) if w - d_ff_shared != default}
+    overrides = {
+        i: {"d_ff": w - d_ff_shared} for i, w in zip(chosen, widths, strict=True) if w - d_ff_shared != default
+    }
     sizes = {"n_experts": n_experts, "top_k": top_k, "d_ff": default, "d_ff_shared": d_ff_shared}
     moe = dataclasses.replace(config.moe, **sizes, activation=config.layer(chosen[0])[1].activation)
     if not moe.renormalise or moe.capacity_factor:

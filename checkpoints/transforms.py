@@ -98,8 +98,8 @@ class Rule:
     """What becomes of the tensors whose names match.
 
     A name may hold placeholders: `{i}` stands for one dotted component, `{rest*}` for several; what a placeholder of
-    the first source name stands for is put into the other names. `()` as targets drops the tensors, `()` as sources makes
-    new ones.
+    the first source name stands for is put into the other names. `()` as targets drops the tensors, `()` as sources
+    makes new ones.
 
     Attributes:
         sources, targets: names before and after.
@@ -221,18 +221,19 @@ def _bind(rules: Sequence[Rule], names: Mapping[str, Spec]) -> Iterator[_Group]:
     """Concrete groups in the order of `names`; those without a rule are kept as they are."""
     exact: dict[str, Rule] = {}
     patterns: list[tuple[re.Pattern[str], Rule, int]] = []
-    for order, rule in enumerate(rules):
-        if not rule.sources:
+    for order, each in enumerate(rules):
+        if not each.sources:
             continue
-        if "{" in rule.sources[0]:
-            patterns.append((_pattern(rule.sources[0]), rule, order))
+        if "{" in each.sources[0]:
+            patterns.append((_pattern(each.sources[0]), each, order))
         else:
-            exact.setdefault(rule.sources[0], rule)
-    orders = {id(rule): order for order, rule in reversed(list(enumerate(rules)))}
+            exact.setdefault(each.sources[0], each)
+    orders = {id(each): order for order, each in reversed(list(enumerate(rules)))}
     groups: dict[str, _Group] = {}
     taken: set[str] = set()
     for name in names:
-        rule, values = exact.get(name), {}
+        rule: Rule | None = exact.get(name)
+        values: dict[str, str] = {}
         limit = math.inf if rule is None else orders[id(rule)]
         for pattern, candidate, order in patterns:
             if order < limit and (match := pattern.fullmatch(name)):
@@ -251,7 +252,7 @@ def _bind(rules: Sequence[Rule], names: Mapping[str, Spec]) -> Iterator[_Group]:
             yield groups[name]
         elif name not in taken:
             yield _Group((name,), (name,), KEEP)
-    yield from (_Group((), rule.targets, rule.map) for rule in rules if not rule.sources)
+    yield from (_Group((), each.targets, each.map) for each in rules if not each.sources)
 
 
 def _more(names: Sequence[str]) -> str:

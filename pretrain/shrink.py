@@ -14,8 +14,8 @@ SEQ_LEN = 64
 def shrink(config: RunConfig, steps: int = 2, mesh: MeshConfig | None = None) -> RunConfig:
     """Pattern, routing, group and head counts, activations and modalities stay; widths, vocabulary and data shrink.
 
-    Training goes to `<folder>-shrunk` on mock data, on `mesh`, or on two CPU processes at most: tensor-parallel ones, or
-    expert-parallel ones where only that axis is used.
+    Training goes to `<folder>-shrunk` on mock data, on `mesh`, or on two CPU processes at most: tensor-parallel ones,
+    or expert-parallel ones where only that axis is used.
     """
     if mesh is None and config.mesh.ep % 2 == 0 and config.mesh.tp == 1:
         mesh = MeshConfig(dp_shard=2, ep=2)

@@ -90,7 +90,7 @@ def _untie(name: str, weights: Source, rules: list[Rule]) -> list[Rule]:
     return [Rule((name,), (name, "lm_head.weight"), Fan((2,)))]
 
 
-def _vocabulary(settings: Settings) -> dict[str, int]:
+def _vocabulary(settings: Settings) -> dict[str, Any]:
     size = settings.need("vocab_size")
     return {"vocab_size": settings.get("used_vocab_size", default=size), "vocab_multiple": vocab_multiple(size)}
 

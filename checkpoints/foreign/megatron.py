@@ -47,7 +47,9 @@ def read(folder: Path) -> Foreign:
     left = [n for n in stored.tensors.specs() if _without_rank(n) not in known and not _is_known_extra(n)]
     if left:
         more = f" and {len(left) - 10} more" if len(left) > 10 else ""
-        raise CheckpointError(f"{folder}: {len(left)} tensors are of no layer that we know: {', '.join(left[:10])}{more}")
+        raise CheckpointError(
+            f"{folder}: {len(left)} tensors are of no layer that we know: {', '.join(left[:10])}{more}"
+        )
     tensors = Transformed(_Only(stored.tensors, wanted, folder), rules)
     check_tensors(folder, tensors.specs(), model_shapes(config))
     notes = []
@@ -195,16 +197,16 @@ def _global_layers(merged: Source, tp: int, pp: int, ep: int) -> list[Rule]:
         if match := _LAYER.match(rest):
             layers[int(stage.split(".")[1].removeprefix("pp"))].add(int(match[1]))
     rules, first = [], 0
-    for stage in range(pp):
+    for number in range(pp):
         for t in range(tp):
             for e in range(ep):
-                before, after = f"tp{t}.pp{stage}.ep{e}:", f"tp{t}.ep{e}:"
-                for local in sorted(layers[stage]):
-                    name = f"decoder.layers.{{n}}.{{rest*}}"
+                before, after = f"tp{t}.pp{number}.ep{e}:", f"tp{t}.ep{e}:"
+                for local in sorted(layers[number]):
+                    name = "decoder.layers.{n}.{rest*}"
                     source = name.replace("{n}", str(local))
                     rules.append(Rule((before + source,), (after + name.replace("{n}", str(first + local)),)))
                 rules.append(Rule((f"{before}{{rest*}}",), (f"{after}{{rest*}}",)))
-        first += len(layers[stage])
+        first += len(layers[number])
     return rules
 
 
@@ -265,7 +267,9 @@ def _experts(settings: Settings) -> MoEConfig:
     settings.only("moe_router_score_function", "sigmoid")
     groups = settings.get("moe_router_num_groups", default=1)
     if settings.get("moe_router_score_function") is None or not settings.get("squared_relu", default=False):
-        raise settings.refuse("experts are not routed by sigmoid scores (moe_router_score_function) to squared_relu MLPs")
+        raise settings.refuse(
+            "experts are not routed by sigmoid scores (moe_router_score_function) to squared_relu MLPs"
+        )
     if not settings.get("moe_shared_expert_intermediate_size", default=0):
         raise settings.refuse("moe_shared_expert_intermediate_size is 0: no shared expert")
     return MoEConfig(

@@ -275,7 +275,9 @@ class PolylepisRouter(nn.Module):
     def _closed(self, ids_T: Tensor) -> Tensor:
         """bool [T, E]: experts of other modalities than the token's; the common ones come last."""
         counts = [self.sizes["partition"][m] for m in self.modalities] + [self.sizes["partition"].get("shared", 0)]
-        owner = torch.arange(len(counts), device=ids_T.device).repeat_interleave(torch.tensor(counts, device=ids_T.device))
+        owner = torch.arange(len(counts), device=ids_T.device).repeat_interleave(
+            torch.tensor(counts, device=ids_T.device)
+        )
         return (owner != ids_T[:, None]) & (owner < len(self.modalities))
 
 

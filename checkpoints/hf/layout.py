@@ -86,7 +86,9 @@ def stored_dtype(name: str, dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if any(word in SENSITIVE for word in name.split(".")) else dtype
 
 
-def _rule(shapes: Mapping[str, tuple[int, ...]], name: str, sources: tuple[str, ...], unsqueeze: int | None = None) -> Rule:
+def _rule(
+    shapes: Mapping[str, tuple[int, ...]], name: str, sources: tuple[str, ...], unsqueeze: int | None = None
+) -> Rule:
     map_: Map = Pack(tuple(shapes[source][0] for source in sources)) if len(sources) > 1 else KEEP
     return Rule(sources, (name,), map_ if unsqueeze is None else map_.then(Unsqueeze(unsqueeze)))
 

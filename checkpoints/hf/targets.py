@@ -99,7 +99,8 @@ def _not_nemotron_h(config: ModelConfig) -> str | None:
         if symbol == "-":
             activations.add(layer.activation)
         if symbol == "E" and (layer.router, layer.activation) != ("sigmoid", "relu2"):
-            return f"layer {index} has a {layer.router} router and {layer.activation} experts, its own are sigmoid and relu2"
+            has = f"a {layer.router} router and {layer.activation} experts"
+            return f"layer {index} has {has}, its own are sigmoid and relu2"
         if symbol == "E" and layer.partition:
             return f"layer {index} deals its experts out to modalities"
         if symbol == "E" and (layer.n_experts < 2 or layer.d_ff_shared < 1):
@@ -152,7 +153,7 @@ def caution(config: ModelConfig, target: Target) -> str | None:
             f"silently wrong; 5.23 is right"
         )
     if target == "nemotron_h" and "gelu" in {layer.activation for _, symbol, layer in _layers(config) if symbol == "-"}:
-        return "vLLM's NemotronH computes relu2 whatever mlp_hidden_act says, and these MLPs are gelu; transformers is right"
+        return "vLLM's NemotronH computes relu2 whatever mlp_hidden_act says (here gelu); transformers is right"
     if target == "granite":
         attention = first_layer(config, "*")
         if attention.n_heads * attention.head_dim != config.d_model:

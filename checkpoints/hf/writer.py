@@ -92,7 +92,8 @@ def _bytes(pieces: Iterator[Tensor]) -> Iterator[memoryview]:
     for piece in pieces:
         flat = piece.detach().cpu().contiguous().view(-1)
         if flat.numel():
-            yield memoryview(flat.view(torch.uint8).numpy())
+            buffer: Any = flat.view(torch.uint8).numpy()
+            yield memoryview(buffer)
 
 
 def tensor_hashes(source: Source, names: Sequence[str] | None = None) -> dict[str, str]:

@@ -36,7 +36,7 @@ class MambaConfig:
 
     Attributes:
         expand: inner width over d_model.
-        width: the inner width where it is no multiple of d_model (as in some published models), None for expand·d_model.
+        width: the inner width where it is no multiple of d_model (some published models), None for expand·d_model.
         d_state, head_dim, n_groups: N, P and G of SSD; heads = expand · d_model / head_dim.
         d_conv: width of the causal convolution over x, B and C.
         chunk_size: tiling of SSD (no effect on the numbers).

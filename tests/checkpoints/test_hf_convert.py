@@ -48,7 +48,12 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (data / name).write_bytes(name.encode())
     # through JSON, as the trainer writes it: tuples become lists
     written = json.loads(json.dumps(dataclasses.asdict(config)))
-    settings = {"schema": 1, "name": "small", "model": written, "data": {"path": str(data), "seq_len": 48, "global_batch": 4}}
+    settings = {
+        "schema": 1,
+        "name": "small",
+        "model": written,
+        "data": {"path": str(data), "seq_len": 48, "global_batch": 4},
+    }
     settings["optim"] = {"lr": 2e-3, "schedule": "cosine"}
     (folder / "config.yaml").write_text(yaml.safe_dump(settings))
     return folder
@@ -88,7 +93,9 @@ def test_a_run_is_converted_and_verified(run: Path) -> None:
     assert settings["layer_overrides"] == {"3": {"d_ff": 12}}
     card = (folder / "README.md").read_text()
     first = 32 + SIZES[0]
-    assert "| step | 9 |" in card and f"- image: ids {first} to {first + 6}; a span opens with 4 and closes with 5" in card
+    assert (
+        "| step | 9 |" in card and f"- image: ids {first} to {first + 6}; a span opens with 4 and closes with 5" in card
+    )
     assert "| tokens | 1,728 at most (padding included) |" in card and "| learning rate | 0.002 (cosine) |" in card
 
     from safetensors.torch import load_file
@@ -116,7 +123,11 @@ def test_the_tokenizer_gives_our_ids_through_autotokenizer(run: Path) -> None:
         assert tokenizer(text).input_ids == [1, *expected]  # as every document of training begins
         assert tokenizer.decode(expected) == text
     assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id) == (1, 2, 0)
-    assert tokenizer("<|image|> <|/voice|>", add_special_tokens=False).input_ids == [4, 32 + TOKENIZER.encode(" ")[0], 7]
+    assert tokenizer("<|image|> <|/voice|>", add_special_tokens=False).input_ids == [
+        4,
+        32 + TOKENIZER.encode(" ")[0],
+        7,
+    ]
     assert call(run, "--to", "hf", "--force", "--no-tokenizer").exit_code == 0
     assert not (run / "hf" / "tokenizer.json").exists() and not (run / "hf" / "tokenizer.model").exists()
 

@@ -261,7 +261,9 @@ def test_what_exists_is_replaced_only_by_force(tmp_path: Path) -> None:
 
 def test_tensors_and_vocabulary_of_another_model_are_refused(tmp_path: Path) -> None:
     tensors, out = tensors_of(ROUTED), tmp_path / "hf"
-    with pytest.raises(CheckpointError, match=r"one tensor does not fit \(nothing was written\): layers\.0\.mixer\.D is missing"):
+    with pytest.raises(
+        CheckpointError, match=r"one tensor does not fit \(nothing was written\): layers\.0\.mixer\.D is missing"
+    ):
         export(ROUTED, Tensors({n: t for n, t in tensors.items() if n != "layers.0.mixer.D"}), out)
     with pytest.raises(CheckpointError, match="stranger is not of this model"):
         export(ROUTED, Tensors(tensors | {"stranger": tensors["layers.0.mixer.D"]}), out)

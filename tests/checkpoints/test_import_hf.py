@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -11,22 +10,19 @@ import pytest
 import torch
 import yaml
 from click.testing import CliRunner, Result
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from polylepis.checkpoints.commands import convert
 from polylepis.checkpoints.errors import CheckpointError
 from polylepis.checkpoints.foreign import hf, mamba_ssm
 from polylepis.checkpoints.foreign.base import vocab_multiple
-from polylepis.checkpoints.hf.reference import fresh_tensors, reference_logits
 from polylepis.checkpoints.hf.export import export
+from polylepis.checkpoints.hf.reference import fresh_tensors, reference_logits
 from polylepis.checkpoints.manifest import newest_checkpoint
 from polylepis.checkpoints.sharded import load_checkpoint, save_checkpoint
-from polylepis.checkpoints.sources import Distributed, Safetensors
+from polylepis.checkpoints.sources import Distributed
 from polylepis.checkpoints.transforms import in_memory
 from polylepis.parallel.engines.fsdp import build_model
-from polylepis.parallel.kinds.attention import AttentionConfig
-from polylepis.parallel.kinds.mamba import MambaConfig
 from polylepis.parallel.kinds.mlp import MLPConfig
 from polylepis.parallel.kinds.moe import MoEConfig
 from polylepis.parallel.mesh import MeshConfig, build_mesh
@@ -172,7 +168,9 @@ def sharded(run: str, config: ModelConfig, mesh: MeshConfig) -> None:
     ids=["nemotron_h tp2", "polylepis fsdp2", "mamba2 fsdp2", "granite tp2"],
 )
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_import_shard_export_is_the_same_bits(config: ModelConfig, mesh: MeshConfig, dtype: str, tmp_path: Path) -> None:
+def test_import_shard_export_is_the_same_bits(
+    config: ModelConfig, mesh: MeshConfig, dtype: str, tmp_path: Path
+) -> None:
     tensors = fresh_tensors(config, seed=4)
     first = export(config, tensors, tmp_path / "first", dtype=getattr(torch, dtype))
     run = tmp_path / "run"
@@ -377,7 +375,9 @@ def test_what_cannot_be_imported_is_refused(changes: dict[str, Any], message: st
         ({}, {"rms_norm": False}, "rms_norm is False"),
     ],
 )
-def test_mamba_ssm_models_that_are_others(ssm: dict[str, Any], top: dict[str, Any], message: str, tmp_path: Path) -> None:
+def test_mamba_ssm_models_that_are_others(
+    ssm: dict[str, Any], top: dict[str, Any], message: str, tmp_path: Path
+) -> None:
     settings = {"d_model": 16, "n_layer": 1, "vocab_size": 8, "ssm_cfg": {"layer": "Mamba2", **ssm}, **top}
     (tmp_path / "config.json").write_text(json.dumps(settings))
     with pytest.raises(CheckpointError, match=message):

@@ -85,7 +85,9 @@ def rank_share(tensor: Tensor, tp: int, rank: int, dim: int = 0) -> Tensor:
     return tensor.narrow(dim, rank * size, size).clone()
 
 
-def layer_of_rank(config: ModelConfig, t: dict[str, Tensor], index: int, tp: int, rank: int, ep: int, e: int) -> dict[str, Tensor]:
+def layer_of_rank(
+    config: ModelConfig, t: dict[str, Tensor], index: int, tp: int, rank: int, ep: int, e: int
+) -> dict[str, Tensor]:
     """What one rank's module of layer `index` holds, written out after Megatron's modules, not after our rules."""
     ours, symbol = f"layers.{index}.mixer.", config.symbols[index]
     norm = t[f"layers.{index}.norm.weight"]
@@ -127,7 +129,9 @@ def layer_of_rank(config: ModelConfig, t: dict[str, Tensor], index: int, tp: int
     experts = {}
     for j in range(each):
         experts[f"mlp.experts.linear_fc1.weight{j}"] = share(f"up_proj.weight.experts.{e * each + j}")
-        experts[f"mlp.experts.local_experts.{j}.linear_fc2.weight"] = share(f"down_proj.weight.experts.{e * each + j}", 1)
+        experts[f"mlp.experts.local_experts.{j}.linear_fc2.weight"] = share(
+            f"down_proj.weight.experts.{e * each + j}", 1
+        )
     return {
         "pre_mlp_layernorm.weight": norm,
         "mlp.router.weight": t[ours + "router.weight"],
@@ -138,7 +142,9 @@ def layer_of_rank(config: ModelConfig, t: dict[str, Tensor], index: int, tp: int
     }
 
 
-def write_pickled(folder: Path, config: ModelConfig, tp: int, stages: list[list[int]], ep: int = 1, **changes: Any) -> dict[str, Tensor]:
+def write_pickled(
+    folder: Path, config: ModelConfig, tp: int, stages: list[list[int]], ep: int = 1, **changes: Any
+) -> dict[str, Tensor]:
     """`iter_0000007/mp_rank_*` as Megatron-LM saves; `stages` are the layers of each pipeline stage."""
     tensors = in_memory(fresh_tensors(config, seed=9))
     folder.mkdir(exist_ok=True)
@@ -156,11 +162,21 @@ def write_pickled(folder: Path, config: ModelConfig, tp: int, stages: list[list[
                 if stage == len(stages) - 1:
                     model["decoder.final_norm.weight"] = tensors["final_norm.weight"]
                     model["output_layer.weight"] = rank_share(tensors["lm_head.weight"], tp, rank)
-                parts = [f"{rank:02d}", *([f"{stage:03d}"] if len(stages) > 1 else []), *([f"{e:03d}"] if ep > 1 else [])]
+                parts = [
+                    f"{rank:02d}",
+                    *([f"{stage:03d}"] if len(stages) > 1 else []),
+                    *([f"{e:03d}"] if ep > 1 else []),
+                ]
                 place = folder / "iter_0000007" / f"mp_rank_{'_'.join(parts)}"
                 place.mkdir(parents=True)
                 args = arguments(config, tp, len(stages), **changes)
-                values = {"args": args, "checkpoint_version": 3.0, "iteration": 7, "model": model, "rng_state": [object()]}
+                values = {
+                    "args": args,
+                    "checkpoint_version": 3.0,
+                    "iteration": 7,
+                    "model": model,
+                    "rng_state": [object()],
+                }
                 torch.save(values, place / "model_optim_rng.pt")
     return tensors
 
@@ -232,7 +248,9 @@ def save_distributed(folder: str, config: ModelConfig, tensors: str) -> None:
             offsets.append((dim + len(offsets), rank, tp))
         replica = 0 if dim is not None else rank
         extra = {"prepend_axis_num": 1} if stack else {}
-        state[f"{key}/{stack}"] = ShardedTensor.from_rank_offsets(key, local.contiguous(), *offsets, replica_id=(0, replica, 0), **extra)
+        state[f"{key}/{stack}"] = ShardedTensor.from_rank_offsets(
+            key, local.contiguous(), *offsets, replica_id=(0, replica, 0), **extra
+        )
 
     add("embedding.word_embeddings.weight", rank_share(t["embed.weight"], tp, rank), 0)
     add("output_layer.weight", rank_share(t["lm_head.weight"], tp, rank), 0)
@@ -250,10 +268,14 @@ def save_distributed(folder: str, config: ModelConfig, tensors: str) -> None:
                     add(f"{key}.{part}", piece, 0)
             elif "experts.linear_fc1.weight" in name and "shared" not in name:
                 j = int(name.rsplit("weight", 1)[1])
-                add(f"decoder.layers.{index}.mlp.experts.experts.linear_fc1.weight", value, 0, (j, config.moe.n_experts))
+                add(
+                    f"decoder.layers.{index}.mlp.experts.experts.linear_fc1.weight", value, 0, (j, config.moe.n_experts)
+                )
             elif "local_experts" in name:
                 j = int(name.split(".")[3])
-                add(f"decoder.layers.{index}.mlp.experts.experts.linear_fc2.weight", value, 1, (j, config.moe.n_experts))
+                add(
+                    f"decoder.layers.{index}.mlp.experts.experts.linear_fc2.weight", value, 1, (j, config.moe.n_experts)
+                )
             elif "norm_weight" in name or "layernorm" in name or "router" in name:
                 add(key, value)
             else:
@@ -342,7 +364,9 @@ def test_incomplete_checkpoints_are_refused(tmp_path: Path) -> None:
     folder = tmp_path / "iter_0000007"
     for file in sorted(folder.glob("*/model_optim_rng.pt")):
         values = torch.load(file, weights_only=False)
-        values["model"] = {n: v for n, v in values["model"].items() if "conv1d" not in n and n != "decoder.final_norm.weight"}
+        values["model"] = {
+            n: v for n, v in values["model"].items() if "conv1d" not in n and n != "decoder.final_norm.weight"
+        }
         torch.save(values, file)
     with pytest.raises(CheckpointError, match=r"9 tensors are missing: .*final_norm.*conv1d\.bias"):
         megatron.read(tmp_path)
@@ -351,7 +375,10 @@ def test_incomplete_checkpoints_are_refused(tmp_path: Path) -> None:
     values = torch.load(file, weights_only=False)
     values["model"]["decoder.layers.0.mixer.in_proj.bias"] = torch.zeros(3)
     torch.save(values, file)
-    with pytest.raises(CheckpointError, match=r"1 tensors are of no layer that we know: tp0\.ep0:decoder\.layers\.0\.mixer\.in_proj\.bias"):
+    with pytest.raises(
+        CheckpointError,
+        match=r"1 tensors are of no layer that we know: tp0\.ep0:decoder\.layers\.0\.mixer\.in_proj\.bias",
+    ):
         megatron.read(tmp_path / "more")
     (folder / "mp_rank_01_001" / "model_optim_rng.pt").unlink()
     with pytest.raises(CheckpointError, match=r"ranks \(tp, pp, ep\) \[\(1, 1, 0\)\] have no file"):

@@ -70,7 +70,9 @@ def test_upcycling_keeps_the_function_and_is_undone(routed: tuple[str, ...]) -> 
     for undone in (changed(upcycled, select), changed(upcycled, invert(rules))):
         assert undone.keys() == expected.keys()
         assert all(torch.equal(undone[name], expected[name]) for name in expected)
-    upcycled["layers.0.mixer.out_proj.weight.image" if "out" in routed else "layers.0.mixer.in_proj.z.weight.image"] += 1
+    upcycled[
+        "layers.0.mixer.out_proj.weight.image" if "out" in routed else "layers.0.mixer.in_proj.z.weight.image"
+    ] += 1
     with pytest.raises(CheckpointError, match=r"layers\.0\.mixer.*should be copies"):
         changed(upcycled, invert(rules))
 
@@ -103,11 +105,13 @@ def test_experts_grown_from_mlps_compute_what_the_mlps_did(
 
 def test_noise_makes_experts_differ_and_the_shared_one_stays() -> None:
     dense = build(toy("M-"))
-    config, rules = grow_experts(dense.config, 3, 1, 8, noise=0.1)
+    _, rules = grow_experts(dense.config, 3, 1, 8, noise=0.1)
     tensors = changed(tensors_of(dense), rules)
     experts = [tensors[f"layers.1.mixer.up_proj.weight.experts.{j}"] for j in range(3)]
     original = tensors_of(dense)["layers.1.mixer.up_proj.weight"]
-    assert not torch.equal(experts[0], experts[1]) and torch.equal(tensors["layers.1.mixer.shared.up_proj.weight"], original[:8])
+    assert not torch.equal(experts[0], experts[1]) and torch.equal(
+        tensors["layers.1.mixer.shared.up_proj.weight"], original[:8]
+    )
     relative = (experts[0] - original[8:]).std() / original[8:].std()
     assert 0.07 < relative < 0.13
     same = changed(tensors_of(dense), grow_experts(dense.config, 3, 1, 8, noise=0.1)[1])
@@ -151,16 +155,25 @@ def test_cast_keeps_what_is_sensitive() -> None:
     [
         (lambda: route_modalities(toy("M", ALL_ROUTED), ("text", "image")), "routed by modality already"),
         (lambda: route_modalities(toy("M", modalities=("text",)), ("image", "text")), "do not extend the model's"),
-        (lambda: select_modality(toy("M", ALL_ROUTED), "video"), "no modality 'video' in the model; it has text, image"),
+        (
+            lambda: select_modality(toy("M", ALL_ROUTED), "video"),
+            "no modality 'video' in the model; it has text, image",
+        ),
         (lambda: grow_experts(toy("M*"), 4, 2, 4), "need layers that are MLPs"),
         (lambda: grow_experts(toy("M-*"), 4, 2, 4, layers=[2]), r"layers \[2\] of M-\*"),
         (lambda: grow_experts(toy("M-"), 4, 5, 4), "top_k 5 must lie between 1 and n_experts 4"),
         (lambda: grow_experts(toy("M-"), 4, 2, 20), r"d_ff_shared 20 must lie between 1 and 19 \(layer 1\)"),
-        (lambda: grow_experts(toy("M-", mlp=MLPConfig(20, "gelu")), 4, 2, 4), "layer 1 is a gelu MLP, but experts are relu2 or swiglu"),
+        (
+            lambda: grow_experts(toy("M-", mlp=MLPConfig(20, "gelu")), 4, 2, 4),
+            "layer 1 is a gelu MLP, but experts are relu2 or swiglu",
+        ),
         (lambda: grow_experts(toy("M-", moe=MoEConfig(renormalise=False)), 4, 2, 4), "must sum to scale"),
         (lambda: grow_experts(toy("M-E"), 4, 2, 4), "M-E has experts already"),
         (lambda: extend_vocabulary(toy("M"), OLD, OLD | {"sizes": [8, 4]}), "text: 9 → 8"),
-        (lambda: extend_vocabulary(toy("M"), OLD, NEW | {"modalities": ["voice", "text", "image"]}), "smaller|do not extend"),
+        (
+            lambda: extend_vocabulary(toy("M"), OLD, NEW | {"modalities": ["voice", "text", "image"]}),
+            "smaller|do not extend",
+        ),
         (lambda: extend_vocabulary(toy("M", vocab_size=44), OLD, NEW), "has 45 ids, but the model knows 44"),
     ],
 )

@@ -74,7 +74,9 @@ def invertible(draw: Any) -> tuple[Map, list[torch.Tensor]]:
 
 @given(invertible(), st.lists(st.sampled_from([Unsqueeze(1), Transpose(), Scale(0.5)]), max_size=3))
 @settings(deadline=None, max_examples=150)
-def test_every_inverse_undoes_its_map_alone_and_in_chains(case: tuple[Map, list[torch.Tensor]], more: list[Map]) -> None:
+def test_every_inverse_undoes_its_map_alone_and_in_chains(
+    case: tuple[Map, list[torch.Tensor]], more: list[Map]
+) -> None:
     map_, tensors = case
     for tail in more:
         candidate = map_.then(tail)
@@ -116,7 +118,7 @@ def test_what_has_no_inverse_says_so() -> None:
     assert Cast(torch.bfloat16).inverse() is None and Scale(0.22).inverse() is None
     assert Noise(0.1).inverse() is None and Noise(0.0).inverse() is KEEP
     assert Place(4, 6, ((0, 0, 3),)).inverse() is None  # a row is lost
-    with pytest.raises(CheckpointError, match="a → b: Cast.* has no inverse"):
+    with pytest.raises(CheckpointError, match=r"a → b: Cast.* has no inverse"):
         invert([Rule(("a",), ("b",), Cast(torch.float16))])
     with pytest.raises(CheckpointError, match="drops a"):
         invert([Rule(("a",), ())])
@@ -148,7 +150,11 @@ RULES = [
 def layers() -> dict[str, torch.Tensor]:
     result = {"e": numbered(2)}
     for i in range(3):
-        result |= {f"l.{i}.z": numbered(2, 1, start=i), f"l.{i}.x": numbered(3, 1, start=9 * i), f"l.{i}.rest.a.b": numbered(1)}
+        result |= {
+            f"l.{i}.z": numbered(2, 1, start=i),
+            f"l.{i}.x": numbered(3, 1, start=9 * i),
+            f"l.{i}.rest.a.b": numbered(1),
+        }
     return result | {"other": numbered(4)}
 
 
@@ -204,5 +210,7 @@ def test_mistakes_are_listed_ten_at_a_time() -> None:
     with pytest.raises(CheckpointError) as caught:
         check_tensors("here", found, expected)
     line = str(caught.value)
-    assert line.startswith("here: 13 tensors do not fit (nothing was written): t0 is missing; t1 is missing; stranger is not")
+    assert line.startswith(
+        "here: 13 tensors do not fit (nothing was written): t0 is missing; t1 is missing; stranger is not"
+    )
     assert line.endswith("t9 is (9,), the model needs (2,); …") and line.count(";") == 10 and "\n" not in line
