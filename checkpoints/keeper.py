@@ -25,10 +25,10 @@ from .errors import CheckpointError
 from .host import HostCopy, Snapshot
 from .local import LocalTier, fill
 from .manifest import clear_leftovers, newest_checkpoint, read_manifest, step_of
-from .rules import KeepRules
+from .rules import RANDOM, KeepRules
 from .saving import together, write_checkpoint
 from .sharded import load_checkpoint, random_tensors
-from .tensors import RANDOM, put_back, state_tensors
+from .tensors import put_back, state_tensors
 
 RUN_ID = "run_id"
 PATIENCE = timedelta(hours=2)  # for the slowest rank's disk; the loop's collectives have a timeout of their own
@@ -281,6 +281,12 @@ class Keeper:
         """Return when nothing is being written any more."""
         self._settle("durable", self._durable, None)
         self._settle("local", self._local, None)
+
+    @property
+    def writing(self) -> bool:
+        """Whether a durable save is in flight, as far as this rank can tell."""
+        self._settle("durable", self._durable, 0.0)
+        return self._durable.busy
 
     def times(self) -> dict[str, float]:
         """Seconds since the last call: `blocked_seconds` that steps waited, `write_seconds` of saves that ended."""

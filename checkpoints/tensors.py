@@ -12,10 +12,9 @@ from ..parallel.engines.base import Elsewhere, Optimizer
 from ..parallel.kinds.moe import MoE
 from ..parallel.model import HybridModel
 from ..parallel.parts import named_parts, split_bank
+from .rules import OPTIMIZER
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
-OPTIMIZER = "optimizer."  # the prefix of all that belongs to the optimizer
-RANDOM = "random."  # and of the random states, one tensor per rank
 Models = HybridModel | Sequence[HybridModel]
 
 

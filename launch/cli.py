@@ -15,10 +15,19 @@ ROOMS = {
     "evaluate": ("polylepis.pretrain.commands", "evaluate", "Evaluate a run on its held-out data."),
     "generate": ("polylepis.pretrain.commands", "generate", "Draw digits from captions and continue a prompt."),
     "data": ("polylepis.data.commands", "data", "Build, index, validate and inspect data sets."),
-    "convert": ("polylepis.checkpoints.commands", "convert", "Export a run to Hugging Face, verified; import others' checkpoints."),
+    "convert": ("polylepis.checkpoints.commands", "convert", "Export a run to Hugging Face, verified, or import one."),
     "eval": ("polylepis.checkpoints.commands", "evaluate_export", "Run lm-evaluation-harness on an export."),
+    "plan": ("polylepis.pretrain.plan.commands", "plan", "Predict memory and step time, and find the plan that fits."),
+    "rehearse": (
+        "polylepis.launch.rehearse",
+        "rehearse",
+        "Run a plan without GPUs: full size on paper, small for real.",
+    ),
     "verify": ("polylepis.pretrain.commands", "verify", "Prove that a parallel plan equals one process, on the CPU."),
     "checkpoint": ("polylepis.checkpoints.commands", "checkpoint", "Inspect, verify, compare and prune checkpoints."),
+    "bench": ("polylepis.pretrain.plan.commands", "bench", "Measure this machine: layers."),
+    "launch": ("polylepis.launch.commands", "launch", "Write job scripts (torchrun, SLURM), submit, watch, stop."),
+    "doctor": ("polylepis.launch.commands", "doctor", "Are these machines fit to train? Each alone, then together."),
     "recipes": ("polylepis.pretrain.commands", "recipes", "List and show the recipes of the package."),
 }
 

@@ -92,15 +92,22 @@ class ModelConfig:
 
     def parts(self) -> dict[str, Part]:
         """Every logical parameter of the model, by dotted name, banks not split."""
-        shape, vocab = self.shape, (self.padded_vocab, self.d_model)
-        result = {"embed.weight": Part(vocab, Init("normal", self.init_std), 0)}
+        shape, ends = self.shape, self.end_parts()
+        result = {"embed.weight": ends.pop("embed.weight")}
         for index in range(shape.n_layers):
             kind, config = self.layer(index)
             result[f"layers.{index}.norm.weight"] = norm_part(self.d_model)
             result.update({f"layers.{index}.mixer.{n}": p for n, p in kind.parts(config, shape).items()})
-        result["final_norm.weight"] = norm_part(self.d_model)
-        result["lm_head.weight"] = Part(vocab, Init("normal", self.init_std), 0)
-        return result
+        return result | ends
+
+    def end_parts(self) -> dict[str, Part]:
+        """Embedding, final norm and output projection."""
+        rows, normal = (self.padded_vocab, self.d_model), Init("normal", self.init_std)
+        return {
+            "embed.weight": Part(rows, normal, 0),
+            "final_norm.weight": norm_part(self.d_model),
+            "lm_head.weight": Part(rows, normal, 0),
+        }
 
     def check(self, tp: int) -> None:
         """Refuse, before anything is built, what cannot be built.
@@ -179,7 +186,7 @@ class Block(PartModule):
     ) -> None:
         super().__init__()
         self.eps, self.mesh = shape.norm_eps, mesh
-        self.run = recomputed(self._run, kind.section, recompute or RecomputeConfig())
+        self.run = recomputed(self._run, kind.section, shape.d_model, recompute or RecomputeConfig())
         self.norm = PartModule()
         add_part(self, "norm.weight", norm_part(shape.d_model), mesh)
         self.mixer: Mixer = kind.mixer(config, shape, mesh, kind.parts(config, shape))

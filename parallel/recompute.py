@@ -63,22 +63,26 @@ KEPT = MappingProxyType(
 """What `selective` keeps besides the layer's input, by kind: results of these operators."""
 
 
-def keeps(kind: str, operator: torch._ops.OpOverload, arguments: tuple[Any, ...]) -> bool:
-    """Whether `selective` keeps the result of a call in a layer of this kind."""
+def keeps(kind: str, d_model: int, operator: torch._ops.OpOverload, arguments: tuple[Any, ...]) -> bool:
+    """Whether `selective` keeps the result of a call in a layer of this kind.
+
+    Only an in-projection takes rows of the model's width. An out-projection also widens, once tensor parallelism has
+    cut its input, but nothing that the backward needs comes after it.
+    """
     name = operator._schema.name
     if name not in KEPT[kind] or operator._schema.is_mutable:
         return False
     if name in PRODUCTS:
         left, right = arguments[-2:]
-        return bool(right.shape[-1] > left.shape[-1])
+        return bool(left.shape[-1] == d_model < right.shape[-1])
     return True
 
 
-def _policy(kind: str, ctx: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    return CheckpointPolicy.MUST_SAVE if keeps(kind, operator, args) else CheckpointPolicy.PREFER_RECOMPUTE
+def _policy(kind: str, d_model: int, ctx: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    return CheckpointPolicy.MUST_SAVE if keeps(kind, d_model, operator, args) else CheckpointPolicy.PREFER_RECOMPUTE
 
 
-def recomputed(run: Run, kind: str, config: RecomputeConfig) -> Run:
+def recomputed(run: Run, kind: str, d_model: int, config: RecomputeConfig) -> Run:
     """`run` (a layer's forward, of the residual stream and a layout) under the choice for its kind."""
     choice: Choice = getattr(config, kind)
     if choice == "none":
@@ -90,7 +94,7 @@ def recomputed(run: Run, kind: str, config: RecomputeConfig) -> Run:
         # Nothing here draws random numbers, so their state need not be kept.
         options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
         if choice == "selective":
-            options["context_fn"] = partial(create_selective_checkpoint_contexts, partial(_policy, kind))
+            options["context_fn"] = partial(create_selective_checkpoint_contexts, partial(_policy, kind, d_model))
         result = checkpoint(run, x_TD, layout, **options)
         assert isinstance(result, Tensor)
         return result

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+import re
 import typing
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -134,6 +135,20 @@ class RunConfig:
         return self.path / "checkpoints"
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1 takes 1e-3 for a word, because it has no point; people who write it mean the number."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+)
+
+
+def read_yaml(text: str) -> Any:
+    """Plain values of a YAML text, numbers as everyone writes them."""
+    return yaml.load(text, _Loader)
+
+
 def recipe_names() -> list[str]:
     return sorted(path.stem for path in RECIPES.glob("*.yaml"))
 
@@ -159,12 +174,15 @@ def find_config(name: str) -> Path:
 def load_config(name: str, overrides: Sequence[str] = ()) -> RunConfig:
     """Read, override (`section.key=value`, values in YAML) and validate.
 
+    `gpus=N` among the overrides takes the plan for N GPUs that the file carries (`plans: {N: {mesh: …}}`): its values
+    replace the file's, and other overrides go on top.
+
     Raises:
         ConfigError: unknown or ill-typed key: one line naming the key, the nearest valid one and where it came from.
     """
     file = find_config(name)
     try:
-        values = yaml.safe_load(file.read_text())
+        values = read_yaml(file.read_text())
     except yaml.YAMLError as error:
         raise ConfigError(f"{file}: not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
@@ -172,8 +190,41 @@ def load_config(name: str, overrides: Sequence[str] = ()) -> RunConfig:
     schema = values.pop("schema", SCHEMA)
     if schema != SCHEMA:
         raise ConfigError(f"{file}: schema {schema}, but this version reads schema {SCHEMA}")
-    given = [_override(values, text) for text in overrides]
+    plans = _plans(values.pop("plans", None), str(file))
+    wanted = [text for text in overrides if text.startswith("gpus=")]
+    for text in wanted:
+        _take_plan(values, plans, text, str(file))
+    given = [_override(values, text) for text in overrides if text not in wanted]
     return validate(values, str(file), given)
+
+
+def plan_sizes(name: str) -> list[int]:
+    """For how many GPUs a recipe or file carries plans."""
+    file = find_config(name)
+    values = yaml.safe_load(file.read_text())
+    return sorted(_plans(values.get("plans") if isinstance(values, dict) else None, str(file)))
+
+
+def _plans(values: Any, source: str) -> dict[int, dict[str, Any]]:
+    if values is None:
+        return {}
+    fits = isinstance(values, dict) and all(isinstance(k, int) and isinstance(v, dict) for k, v in values.items())
+    if not fits:
+        raise ConfigError(f"plans: expected a number of GPUs → sections, such as 8: {{mesh: {{tp: 4}}}} ({source})")
+    return values
+
+
+def _take_plan(values: dict[str, Any], plans: dict[int, dict[str, Any]], text: str, source: str) -> None:
+    """Lay the plan for `gpus=N` over the file's values, section by section."""
+    number = text.removeprefix("gpus=")
+    if not number.isdecimal() or int(number) not in plans:
+        sizes = ", ".join(map(str, sorted(plans))) or "none"
+        raise ConfigError(
+            f"{text}: {source} carries plans for these numbers of GPUs: {sizes}; `polylepis plan` looks for another"
+        )
+    for section, entries in plans[int(number)].items():
+        both = isinstance(values.get(section), dict) and isinstance(entries, dict)
+        values[section] = {**values[section], **entries} if both else entries
 
 
 def _override(values: dict[str, Any], text: str) -> tuple[str, ...]:
@@ -187,7 +238,7 @@ def _override(values: dict[str, Any], text: str) -> tuple[str, ...]:
         if not isinstance(node, dict):
             raise ConfigError(f"{text}: {step} is a value, not a section")
     try:
-        node[path[-1]] = yaml.safe_load(raw)
+        node[path[-1]] = read_yaml(raw)
     except yaml.YAMLError:
         raise ConfigError(f"{text}: {raw!r} is not a YAML value") from None
     return path

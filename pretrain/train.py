@@ -18,20 +18,23 @@ import torch.distributed as dist
 
 from ..checkpoints.keeper import Keeper
 from ..checkpoints.manifest import hash_config
-from ..data.stream import Step, Stream
+from ..data.stream import Step
 from ..parallel.engines.base import Engine, Objective
 from ..parallel.engines.deepspeed import DeepSpeedEngine
 from ..parallel.engines.fsdp import FSDPEngine, build_model
 from ..parallel.engines.pipeline import PipelineEngine, build_stages
 from ..parallel.megatron import preload
 from ..parallel.mesh import Mesh, build_mesh
+from .claim import claim_folder
 from .config import RunConfig, load_config
 from .errors import DivergenceError
 from .experts import check_routers, finish_experts
 from .meter.tracker import Tracker, plot_losses
 from .objectives.next_token import next_token
 from .optim import build_optimizer
-from .prepare import check_run, open_data, prepare_folder, stages_of
+from .plan.measure import predicted_step
+from .preempt import Preemption, die_with_parent, write_outcome
+from .prepare import check_run, open_data, open_stream, prepare_folder, stages_of
 
 
 def train(config: RunConfig) -> None:
@@ -42,8 +45,7 @@ def train(config: RunConfig) -> None:
         preload()
     check_run(config, dist.get_world_size())
     dataset = open_data(config)
-    world = dist.group.WORLD if dist.get_world_size() > 1 else None  # ranks agree on quarantined samples
-    stream = Stream(dataset, config.data, dp_rank=mesh.dp_rank, dp_size=mesh.dp_size, group=world)
+    stream = open_stream(config, dataset, mesh.dp_rank, mesh.dp_size)
     engine = build_engine(config, mesh)
 
     first = 0
@@ -56,12 +58,19 @@ def train(config: RunConfig) -> None:
         stream.load_state_dict(resumed["data"])
         first = resumed["step"]
 
-    with keeper, open_tracker(config, first) as tracker:
+    predicted = predicted_step(config, dist.get_world_size()) if dist.get_rank() == 0 else {}
+    claim = claim_folder(config.path) if dist.get_rank() == 0 else contextlib.nullcontext()
+    with (
+        claim,
+        Preemption(config.path, config.train.steps) as preemption,
+        keeper,
+        open_tracker(config, first) as tracker,
+    ):
         for step in range(first, config.train.steps):
             with located(step + 1):
                 started = time.perf_counter()
                 data = stream.next()
-                check_agreement(step + 1, data.doc_digest)
+                check_agreement(step + 1, data.doc_digest, preemption)
                 waited = time.perf_counter() - started
 
                 sums = engine.accumulate(data.micro_batches, data.total_weight)
@@ -78,8 +87,11 @@ def train(config: RunConfig) -> None:
                 if tracker is not None:
                     seconds = time.perf_counter() - started
                     metrics = step_metrics(config, step + 1, data, losses.tolist(), norm, lr, seconds, waited)
-                    tracker.log(metrics | experts | keeper.times())
-                keeper.after_step(step + 1, stream.state_dict, last=step + 1 == config.train.steps)
+                    tracker.log(metrics | experts | keeper.times() | predicted)
+                last = preemption.ends_after(step + 1)
+                keeper.after_step(step + 1, stream.state_dict, last=last)
+            if last:
+                break
 
     if tracker is not None and importlib.util.find_spec("matplotlib") and first < config.train.steps:
         plot_losses(config.path, config.model.modalities)
@@ -133,18 +145,22 @@ def located(step: int) -> Iterator[None]:
         raise
 
 
-def check_agreement(step: int, digest: str) -> None:
-    """All ranks must be about to train on the same global batch at the same step; one 16-byte all-gather tells.
+def check_agreement(step: int, digest: str, preemption: Preemption) -> None:
+    """All ranks must be about to train on the same global batch at the same step; one 24-byte all-gather tells.
+
+    It also tells all ranks whether any of them has been asked to save and stop.
 
     Raises:
         DivergenceError: on every rank; names those that are not with the majority.
     """
     if dist.get_world_size() == 1:
+        preemption.agree(preemption.wanted())
         return
-    mine = torch.tensor([[step, int(digest, 16) >> 1]], device="cuda" if dist.get_backend() == "nccl" else "cpu")
-    everyone = mine.new_empty(dist.get_world_size(), 2)
+    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+    mine = torch.tensor([[step, int(digest, 16) >> 1, preemption.wanted()]], device=device)
+    everyone = mine.new_empty(dist.get_world_size(), 3)
     dist.all_gather_into_tensor(everyone, mine)
-    seen = [tuple(pair) for pair in everyone.tolist()]
+    seen = [(theirs, digest) for theirs, digest, _ in everyone.tolist()]
     usual, count = Counter(seen).most_common(1)[0]
     if count < len(seen):
         others = [f"rank {rank} (step {pair[0]})" for rank, pair in enumerate(seen) if pair != usual]
@@ -152,6 +168,7 @@ def check_agreement(step: int, digest: str) -> None:
             f"step {usual[0]}: ranks hold different batches; {', '.join(others[:8])} differ from the "
             f"other {count} ranks"
         )
+    preemption.agree(int(everyone[:, 2].max()))
 
 
 def step_metrics(
@@ -191,12 +208,17 @@ def open_tracker(config: RunConfig, first: int) -> Iterator[Tracker | None]:
 
 def main(arguments: Sequence[str]) -> int:
     """Entry point of each process that torchrun starts; a user's mistake is one line on rank 0 and exit code 2."""
+    die_with_parent()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+    config = None
     try:
-        train(load_config(arguments[0], arguments[1:]))
+        config = load_config(arguments[0], arguments[1:])
+        train(config)
     except Exception as error:
         code = getattr(error, "exit_code", None)
         where = "; ".join(getattr(error, "__notes__", []))
+        if code == 2 and not where and config is not None and config.path.is_dir():
+            write_outcome(config.path, "refused", 0)  # another attempt would end the same way
         if where:  # in the loop, where one rank alone may have failed and the others only hear of it
             print(f"polylepis: {where}: {type(error).__name__}: {error}", file=sys.stderr)
         elif code is not None and os.environ.get("RANK", "0") == "0":

@@ -59,7 +59,7 @@ class Measurement:
     gradients: dict[str, Tensor]
     updates: dict[str, Tensor]
     choices: Choices
-    flips: int
+    flips: int = 0
 
 
 @dataclass(frozen=True)

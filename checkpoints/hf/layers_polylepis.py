@@ -241,8 +241,8 @@ class PolylepisFeedForward(nn.Module):
 class PolylepisRouter(nn.Module):
     """Sigmoid or softmax scores; a bias takes part in the choice of the top k, not in their weights.
 
-    With groups, a token first chooses the groups whose two best experts are best; with a partition, only among its
-    modality's experts and the common ones.
+    With a `partition`, tokens of a modality choose among its own experts and the common ones, which come last; with
+    groups, a token first chooses those whose two best experts have the largest biased scores in sum.
     """
 
     def __init__(self, d: int, sizes: dict[str, Any], modalities: list[str]) -> None:
@@ -251,45 +251,50 @@ class PolylepisRouter(nn.Module):
         self.weight = nn.Parameter(torch.empty(sizes["n_experts"], d))
         self.register_buffer("e_score_correction_bias", torch.zeros(sizes["n_experts"]))
 
-    def forward(self, h_TD: Tensor, ids_T: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, h_TD: Tensor, modality_T: Tensor) -> tuple[Tensor, Tensor]:
         sizes, wide = self.sizes, compute_dtype(h_TD)
         logits = F.linear(h_TD.to(wide), self.weight.to(wide))
-        closed = self._closed(ids_T) if sizes["partition"] else None
+        closed = self._closed(modality_T)
         if closed is not None:
-            logits = logits.masked_fill(closed, -torch.inf)
+            logits = logits.masked_fill(closed, float("-inf"))
         scores = logits.sigmoid() if sizes["router"] == "sigmoid" else logits.softmax(dim=-1)
         biased = scores.detach() + self.e_score_correction_bias.to(wide)
         if closed is not None:
-            biased = biased.masked_fill(closed, -torch.inf)
+            biased = biased.masked_fill(closed, float("-inf"))
         if sizes["n_groups"] > 1:
             groups = biased.unflatten(1, (sizes["n_groups"], -1))
-            rank = groups.topk(2, dim=-1).values.sum(dim=-1).topk(sizes["top_groups"], dim=-1).indices
-            kept = torch.zeros_like(groups[..., 0], dtype=torch.bool).scatter(1, rank, True)
-            biased = groups.masked_fill(~kept[..., None], -torch.inf).flatten(1)
+            order = groups.topk(2, dim=-1).values.sum(dim=-1).argsort(dim=-1, descending=True, stable=True)
+            biased = groups.scatter(
+                1, order[:, sizes["top_groups"] :, None].expand(-1, -1, groups.shape[2]), float("-inf")
+            )
+            biased = biased.flatten(1)
         chosen = biased.topk(sizes["top_k"], dim=-1).indices
         weights = scores.gather(1, chosen)
         if sizes["renormalise"]:
             weights = weights / (weights.sum(dim=-1, keepdim=True) + 1e-20)
         return chosen, weights * sizes["scale"]
 
-    def _closed(self, ids_T: Tensor) -> Tensor:
-        """bool [T, E]: experts of other modalities than the token's; the common ones come last."""
-        counts = [self.sizes["partition"][m] for m in self.modalities] + [self.sizes["partition"].get("shared", 0)]
-        owner = torch.arange(len(counts), device=ids_T.device).repeat_interleave(
-            torch.tensor(counts, device=ids_T.device)
-        )
-        return (owner != ids_T[:, None]) & (owner < len(self.modalities))
+    def _closed(self, modality_T: Tensor) -> Tensor | None:
+        """bool [T, E]: the experts that each token may not choose; None where all may choose all."""
+        partition = self.sizes["partition"]
+        if not partition:
+            return None
+        common = partition.get("shared", 0)
+        counts = torch.tensor([*(partition[name] for name in self.modalities), common], device=modality_T.device)
+        owner = torch.repeat_interleave(torch.arange(len(counts), device=counts.device), counts)
+        return (owner != modality_T[:, None]) & (owner != len(self.modalities))
 
 
 class PolylepisExperts(nn.Module):
-    """`E`: each token passes its top-k experts and one shared expert, all alike."""
+    """`E`: each token passes its top-k experts and one shared expert, all squared-ReLU (or swiglu) MLPs."""
 
     def __init__(self, config: PolylepisConfig, index: int) -> None:
         super().__init__()
         sizes, d = config.layer(index), config.hidden_size
-        kind = sizes["activation"]
         self.gate = PolylepisRouter(d, sizes, config.modalities)
-        self.experts = nn.ModuleList([PolylepisFeedForward(d, sizes["d_ff"], kind) for _ in range(sizes["n_experts"])])
+        kind = sizes["activation"]
+        experts = [PolylepisFeedForward(d, sizes["d_ff"], kind) for _ in range(sizes["n_experts"])]
+        self.experts = nn.ModuleList(experts)
         self.shared_experts = PolylepisFeedForward(d, sizes["d_ff_shared"], kind)
 
     def forward(self, h: Tensor, batch: dict[str, Any], cache: Any = None) -> Tensor:

@@ -26,15 +26,14 @@ CLASSES: Mapping[Target, str] = {
 }
 PAD, BOS, EOS = 0, 1, 2
 TRAINING_ONLY = ("bias_update_rate", "aux_sequence", "aux_global", "z_loss", "capacity_factor")
+# How tokens choose experts: NemotronH has one such router for the whole model.
+ROUTER = ("router", "renormalise", "n_groups", "top_groups", "partition", "activation")
 # What the library classes have once for the whole model. Tiling and initial values are not among it.
 SIZES: Mapping[str, tuple[str, ...]] = {
     "M": ("expand", "width", "d_state", "head_dim", "n_groups", "d_conv"),
     "*": ("n_heads", "n_kv_heads", "head_dim", "rope_base"),
     "-": ("d_ff", "activation"),
-    "E": (
-        *("n_experts", "top_k", "d_ff", "d_ff_shared", "scale", "activation"),
-        *("router", "renormalise", "n_groups", "top_groups", "partition"),
-    ),
+    "E": ("n_experts", "top_k", "d_ff", "d_ff_shared", "scale", *ROUTER),
 }
 
 
@@ -98,13 +97,13 @@ def _not_nemotron_h(config: ModelConfig) -> str | None:
             return f"layer {index} is a swiglu MLP"
         if symbol == "-":
             activations.add(layer.activation)
-        if symbol == "E" and (layer.router, layer.activation) != ("sigmoid", "relu2"):
-            has = f"a {layer.router} router and {layer.activation} experts"
-            return f"layer {index} has {has}, its own are sigmoid and relu2"
-        if symbol == "E" and layer.partition:
-            return f"layer {index} deals its experts out to modalities"
         if symbol == "E" and (layer.n_experts < 2 or layer.d_ff_shared < 1):
             return f"layer {index} has {layer.n_experts} experts and a shared one of width {layer.d_ff_shared}"
+        if symbol == "E" and (layer.router != "sigmoid" or layer.partition or layer.activation != "relu2"):
+            kinds = (
+                "partitioned by modality" if layer.partition else f"{layer.activation} under a {layer.router} router"
+            )
+            return f"layer {index} has experts that are {kinds}; its own are relu2 under one sigmoid router"
         if symbol == "E" and (layer.d_ff % 8 or config.d_model % 8):
             return (
                 f"layer {index} has experts of {config.d_model} × {layer.d_ff}; its grouped GEMM needs multiples of 8"

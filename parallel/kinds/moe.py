@@ -24,7 +24,7 @@ from ..linear import packed_linear, project
 from ..mesh import Mesh
 from ..parts import EXPERTS, Init, Part, PartModule, local
 from ..routing import Route, by_entry, dispatch, send, send_back
-from .base import HFKey, Kind, Mixer, NewTokens, Shape, flat, squared_relu
+from .base import HFKey, Kind, Load, Mixer, NewTokens, Shape, Work, flat, squared_relu
 from .moe_router import (
     Router,
     RouterConfig,
@@ -307,6 +307,32 @@ def flops(config: MoEConfig, shape: Shape, mean_keys: float) -> float:
     return float(2 * shape.d_model * (config.n_experts + (len(config.projections) + 1) * width))
 
 
+def work(config: MoEConfig, shape: Shape, load: Load) -> Work:
+    width = (load.busiest * config.top_k * config.d_ff + config.d_ff_shared) / load.tp
+    product = load.tokens * 2 * shape.d_model
+    weights = product * (config.n_experts + (len(config.projections) + 1) * width)
+    return Work(weights, product * config.d_ff_shared / load.tp)
+
+
+def saved(config: MoEConfig, shape: Shape, load: Load) -> float:
+    """Input, router scores, dispatched rows and the experts' inner and outer activations."""
+    d, wide, top_k = shape.d_model, load.wide, load.busiest * config.top_k
+    router = wide * (config.n_experts + 2 * config.top_k + 1) + 8 * config.top_k * 3
+    if load.itemsize < wide:
+        router += wide * d
+    inner = 4 if config.activation == "swiglu" else 2
+    experts, shared = top_k * (2 * d + inner * config.d_ff / load.tp), inner * config.d_ff_shared / load.tp
+    packed = 2 * d * config.d_ff_shared / load.tp if config.activation == "swiglu" else 0
+    return load.tokens * (router + load.itemsize * (d + experts + shared)) + load.itemsize * packed
+
+
+def kept(config: MoEConfig, shape: Shape, load: Load) -> float:
+    """Products that widen: the shared expert's up-projection, perhaps the router; routed ones are computed again."""
+    router = load.wide * config.n_experts if config.n_experts > shape.d_model else 0
+    width = len(config.projections) * config.d_ff_shared // load.tp
+    return load.tokens * (router + (load.itemsize * width if width > shape.d_model else 0))
+
+
 def hf_keys(config: MoEConfig) -> tuple[HFKey, ...]:
     """NemotronH's names on disk: one tensor per expert."""
     names = (*config.projections, "down_proj")
@@ -315,4 +341,4 @@ def hf_keys(config: MoEConfig) -> tuple[HFKey, ...]:
     return (HFKey("gate.weight", ("router.weight",)), *experts, *shared)
 
 
-KIND = Kind("E", "mixture of experts", "moe", MoE, parts, check, flops, hf_keys)
+KIND = Kind("E", "mixture of experts", "moe", MoE, parts, check, flops, hf_keys, work, saved, kept)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import random
-import shutil
 import signal
 import sys
 import time
@@ -72,12 +71,6 @@ def check_points(folder: Path, asynchronous: bool, share: float) -> None:
     """Kill before a share of all file operations, spread evenly, and look at what is left."""
     whole = folder / "whole"
     ((operations, truth),) = run_ranks(1, save_twice, whole, asynchronous, 0)
-    hashes = {}
-    for number in (1, 2):
-        shutil.rmtree(whole)
-        ((_, again),) = run_ranks(1, save_twice, whole, asynchronous, 0)
-        assert differing(again[number], truth[number]) == []
-    hashes[2] = read_manifest(whole / "step-00000002")["tensors"]
     assert operations > 10
     seen = set()
     for point in range(1, operations + 1, round(1 / share)):
@@ -93,7 +86,6 @@ def check_points(folder: Path, asynchronous: bool, share: float) -> None:
         assert differing(values, truth[resumed["step"]]) == [], f"point {point}"
         assert not [path for path in died.iterdir() if path.name.startswith(".")], f"point {point}"  # cleared
     assert seen == {1, 2}
-    assert {name: tensor["hash"] for name, tensor in hashes[2].items()}
 
 
 def test_killed_at_some_file_operations(tmp_path: Path) -> None:
@@ -107,12 +99,14 @@ def test_killed_at_every_file_operation(asynchronous: bool, tmp_path: Path) -> N
     check_points(tmp_path, asynchronous, 1.0)
 
 
-def small(folder: Path, steps: int, asynchronous: bool, every: int = 1) -> RunConfig:
-    """A run of two ranks that saves at every step."""
+def small(folder: Path, steps: int, kind: str, every: int = 1) -> RunConfig:
+    """A run of two ranks that saves at every step: `async`, `sync`, or `local`, where most saves are local ones."""
     config = shrink(load_config("quickstart"), steps)
     model = replace(config.model, pattern="M*E", d_model=32, vocab_size=256)
     model = replace(model, attention=replace(model.attention, n_heads=4, n_kv_heads=2, head_dim=8))
-    rules = replace(config.train, checkpoint_every=every, keep=2, async_checkpoint=asynchronous, timeout=20.0)
+    rules = replace(config.train, checkpoint_every=every, keep=2, async_checkpoint=kind != "sync", timeout=20.0)
+    if kind == "local":
+        rules = replace(rules, checkpoint_every=10 * every, local_folder=f"{folder}-fast", local_every=1)
     data = replace(config.data, seq_len=32)
     return replace(config, folder=str(folder), model=model, train=rules, data=data)
 
@@ -123,22 +117,29 @@ def everything(folder: Path) -> dict[str, Any]:
     return read_tensors(checkpoint) | read_tensors(checkpoint, "optimizer.")
 
 
-def kill_until_done(folder: Path, steps: int, kills: int, asynchronous: bool, seed: int) -> int:
+def progress(folder: Path, kind: str) -> list[Path]:
+    """What is finished so far, on the tier that saves most."""
+    if kind == "local":
+        return sorted(Path(f"{folder}-fast").glob("*/rank-00001/step-*.json"))
+    return complete_checkpoints(folder / "checkpoints")
+
+
+def kill_until_done(folder: Path, steps: int, kills: int, kind: str, seed: int) -> int:
     """Train; kill all ranks (or one, which the others must notice) at random moments, `kills` times, then finish.
 
     Returns:
         The number of kills that met running ranks.
     """
     chance, killed = random.Random(seed), 0
-    config = small(folder, steps, asynchronous)
+    config = small(folder, steps, kind)
     while killed < kills:
-        before = newest_checkpoint(folder / "checkpoints")
+        before = progress(folder, kind)
         with Ranks(2, train, config) as ranks:
             alive, until = True, time.monotonic() + 60
-            while alive and newest_checkpoint(folder / "checkpoints") == before and time.monotonic() < until:
+            while alive and progress(folder, kind) == before and time.monotonic() < until:
                 time.sleep(0.005)  # so every life gets a step further
                 alive = all(process.is_alive() for process in ranks.processes)
-            time.sleep(chance.uniform(0, 0.25))
+            time.sleep(chance.uniform(0, 0.1))
             if all(process.is_alive() for process in ranks.processes):
                 killed += 1
                 victim = chance.choice([None, 0, 1])
@@ -150,14 +151,14 @@ def kill_until_done(folder: Path, steps: int, kills: int, asynchronous: bool, se
             ranks.kill()
         for checkpoint in complete_checkpoints(folder / "checkpoints"):
             assert list(damages(checkpoint)) == []
-    run_ranks(2, train, config)
+    run_ranks(2, train, config, timeout=600)
     return killed
 
 
-def check_moments(folder: Path, steps: int, kills: int, asynchronous: bool, seed: int) -> None:
-    killed = kill_until_done(folder / "killed", steps, kills, asynchronous, seed)
-    assert killed >= min(kills, 3), f"only {killed} kills before the run was over"
-    run_ranks(2, train, small(folder / "whole", steps, asynchronous, every=0), timeout=250)
+def check_moments(folder: Path, steps: int, kills: int, kind: str, seed: int) -> None:
+    killed = kill_until_done(folder / "killed", steps, kills, kind, seed)
+    assert killed == kills, f"only {killed} kills before the run was over"
+    run_ranks(2, train, small(folder / "whole", steps, "async", every=0), timeout=600)
     expected, actual = everything(folder / "whole"), everything(folder / "killed")
     assert differing(expected, actual) == []
     states = [read_manifest(newest_checkpoint(folder / f / "checkpoints"))["data"] for f in ("whole", "killed")]  # type: ignore[arg-type]
@@ -167,12 +168,12 @@ def check_moments(folder: Path, steps: int, kills: int, asynchronous: bool, seed
 
 
 def test_killed_at_random_moments_ends_with_the_same_bits(tmp_path: Path) -> None:
-    check_moments(tmp_path, 10, 3, True, seed=1)
+    check_moments(tmp_path, 16, 3, "async", seed=1)
 
 
 @pytest.mark.chaos
 @pytest.mark.timeout(1200)
-@pytest.mark.parametrize(("asynchronous", "seed"), [(True, 1), (True, 2), (False, 3), (False, 4)])
-def test_killed_a_hundred_times(asynchronous: bool, seed: int, tmp_path: Path) -> None:
-    """Four runs, 30 kills each."""
-    check_moments(tmp_path, 400, 30, asynchronous, seed)
+@pytest.mark.parametrize(("kind", "seed"), [("async", 1), ("async", 2), ("sync", 3), ("sync", 4), ("local", 5)])
+def test_killed_a_hundred_times(kind: str, seed: int, tmp_path: Path) -> None:
+    """Five runs, 30 kills each."""
+    check_moments(tmp_path, 200, 30, kind, seed)

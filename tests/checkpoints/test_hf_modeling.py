@@ -27,31 +27,24 @@ pytest.importorskip("transformers", minversion="5.15.1")
 
 VOCABULARY = {"modalities": ["text", "image", "voice"], "sizes": [10, 7, 5], "specials": 32, "vocab_multiple": 16}
 ROPE = AttentionConfig(n_heads=4, n_kv_heads=2, head_dim=6, rope_base=100.0)
+PARTITIONED = MoEConfig(
+    n_experts=7,
+    top_k=2,
+    d_ff=10,
+    d_ff_shared=12,
+    activation="swiglu",
+    partition={"text": 2, "image": 1, "voice": 3, "shared": 1},
+)
+GROUPED = MoEConfig(
+    n_experts=6, top_k=2, d_ff=10, d_ff_shared=12, router="softmax", renormalise=False, n_groups=3, top_groups=2
+)
 MODELS = {
     "everything routed": toy("M*-ME", ALL_ROUTED, vocab_size=54),
     "rope, swiglu": toy("M*-M", ("z", "dt_bias"), vocab_size=54, attention=ROPE, mlp=MLPConfig(20, "swiglu")),
     "gelu, out": toy("M--*", ("out", "B"), vocab_size=54, mlp=MLPConfig(20, "gelu")),
     "nothing routed": toy("ME", (), vocab_size=54, layers={1: {"n_experts": 4, "scale": 0.7}}),
-    "softmax, partition, swiglu": toy(
-        "ME",
-        (),
-        vocab_size=54,
-        moe=MoEConfig(
-            n_experts=8,
-            top_k=2,
-            d_ff=10,
-            d_ff_shared=12,
-            router="softmax",
-            activation="swiglu",
-            partition={"text": 2, "image": 2, "voice": 2, "shared": 2},
-        ),
-    ),
-    "groups, not renormalised": toy(
-        "EM",
-        (),
-        vocab_size=54,
-        moe=MoEConfig(n_experts=8, top_k=3, d_ff=10, d_ff_shared=12, n_groups=4, top_groups=2, renormalise=False),
-    ),
+    "partitioned experts, swiglu": toy("M*E", ("z",), vocab_size=54, moe=PARTITIONED),
+    "softmax experts in groups": toy("ME", (), vocab_size=54, moe=GROUPED),
     "no mamba": toy("*-", (), vocab_size=54),
 }
 ROUTED = MODELS["everything routed"]

@@ -153,7 +153,7 @@ def test_what_is_saved_in_the_background_is_the_moment_it_was_asked_for(tmp_path
         assert list(damages(checkpoint)) == [] and list(content_damages(checkpoint)) == []
     manifest = read_manifest(second)
     assert manifest["config"] == {"a": 1} and manifest["polylepis"] and manifest["torch"]
-    assert manifest["tensors"]["layers.1.mixer.q_proj.weight"]["placement"].split()[-1] == "tp=S(0)"
+    assert manifest["tensors"]["layers.1.mixer.q_proj.weight"]["placement"].split()[-1] == "tp2=S(0)"
     assert {"random.0", "random.1"} <= manifest["tensors"].keys()
 
 

@@ -168,7 +168,7 @@ def test_tracker_drops_what_a_resumed_run_writes_again(tmp_path: Path) -> None:
 
 def train_with_a_fault(config: RunConfig, fault: str) -> str:
     """Train; on rank 1, break something at step 2. What this rank said when it stopped."""
-    from polylepis.pretrain import train as module
+    from polylepis.pretrain import prepare as module
 
     class Faulty(module.Stream):
         def next(self) -> Any:

@@ -14,6 +14,7 @@ from torch.distributed.fsdp import FSDPModule
 from polylepis.launch.cli import main
 from polylepis.parallel import context as context_module
 from polylepis.parallel import model as model_module
+from polylepis.parallel.engines import pipeline as pipeline_module
 from polylepis.parallel.kinds import mamba_context
 from polylepis.parallel.layout import Layout
 from polylepis.parallel.mesh import ContextConfig, MeshConfig, build_mesh
@@ -53,6 +54,7 @@ def inject(fault: str) -> None:
                 module.set_gradient_divide_factor(2.0)
             return model
 
+        pipeline_module.build_model = build_faulty  # type: ignore[assignment]
         train_module.build_model = build_faulty  # type: ignore[assignment]
     elif fault == "halo off by one":
         exchange = mamba_context.exchange_halo
@@ -96,6 +98,8 @@ FAULTS = [
     ("", {"tp": 2}),
     ("", {"cp": 2}),
     ("", {"dp_shard": 2}),
+    ("", {"pp": 2}),
+    ("averaged reduction", {"pp": 2, "dp_shard": 2}),
     ("missing Partial", {"tp": 2}),
     ("wrong divide factor", {"dp_shard": 2}),
     ("averaged reduction", {"dp_shard": 2}),
@@ -110,7 +114,7 @@ def test_faults_lose_the_certificate(
     fault: str, axes: dict[str, int], expected: Callable[[RunConfig], Measurement]
 ) -> None:
     config = plan(**axes)
-    for result in run_ranks(2, measured, config, fault):
+    for result in run_ranks(config.mesh.n_processes, measured, config, fault):
         lines = compare(result, expected(config), torch.float64)
         text = certificate(config, lines)
         if fault:
@@ -152,7 +156,7 @@ def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["verify", "quickstart", "mesh={tp: 1, cp: 2, dp_shard: 1}"]) == 0
     output = capsys.readouterr().out
     assert "cp 2 × tp 1" in output and output.strip().endswith("verdict: equal")
-    assert output.count(" ok") == 7
+    assert output.count(" ok") == 9
 
 
 def test_the_command_with_stages_and_recompute(capsys: pytest.CaptureFixture[str]) -> None:
