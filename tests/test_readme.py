@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from polylepis.checkpoints.hf.export import export
+from polylepis.checkpoints.transforms import Tensors
 from polylepis.launch.cli import cli, main
 from polylepis.parallel.kinds.mamba import ROUTABLE, MambaConfig
 from polylepis.parallel.model import ModelConfig
@@ -34,7 +35,7 @@ def tiny_export(out: Path) -> None:
         key: initial_values(part, key, 0) for name, part in config.parts().items() for key in part.entry_names(name)
     }
     out.parent.mkdir(parents=True)
-    export(config, tensors, out)
+    export(config, Tensors(tensors), out)
 
 
 @pytest.mark.parametrize("code", blocks("python"), ids=lambda code: code.splitlines()[0][:40])
