@@ -24,7 +24,7 @@ from ..parallel.model import HybridModel
 from .errors import CheckpointError
 from .host import HostCopy, Snapshot
 from .local import LocalTier, fill
-from .manifest import bring_back, clear_leftovers, newest_checkpoint, step_of
+from .manifest import bring_back, clear_leftovers, newest_checkpoint, read_manifest, step_of
 from .rules import RANDOM, KeepRules
 from .saving import together, write_checkpoint
 from .sharded import load_checkpoint, random_tensors
@@ -134,6 +134,9 @@ class Keeper:
                 if resumed is not None:
                     return resumed
         if newest is None:
+            return None
+        if read_manifest(newest).get("weights_only"):  # an import: weights to start from, nothing trained yet
+            load_checkpoint(newest, self.models)
             return None
         manifest = load_checkpoint(newest, self.models, self.optimizer)
         saved_on = sum(name.startswith(RANDOM) for name in manifest["tensors"])
