@@ -24,7 +24,7 @@ from ..parallel.model import HybridModel
 from .errors import CheckpointError
 from .host import HostCopy, Snapshot
 from .local import LocalTier, fill
-from .manifest import clear_leftovers, newest_checkpoint, read_manifest, step_of
+from .manifest import bring_back, clear_leftovers, newest_checkpoint, read_manifest, step_of
 from .rules import RANDOM, KeepRules
 from .saving import together, write_checkpoint
 from .sharded import load_checkpoint, random_tensors
@@ -77,7 +77,10 @@ class Background:
 
 
 class Keeper:
-    """Saves a run by its rules and finds what it resumes from. A context: leaving it waits for what is being written.
+    """Saves a run by its rules and finds what it resumes from.
+
+    A context: entering it removes what crashes have left (by then the folder must be this run's alone), leaving it
+    waits for what is being written.
 
     Args:
         folder: of the durable checkpoints, shared by all nodes.
@@ -143,12 +146,12 @@ class Keeper:
         return {"step": manifest["step"], "data": manifest["data"]}
 
     def _look(self) -> tuple[Path | None, str]:
-        """The newest durable checkpoint and the run's id, as rank 0 sees them once it has cleared what crashes left."""
+        """The newest durable checkpoint and the run's id, as rank 0 sees them."""
 
         def look() -> tuple[Path | None, str] | None:
             if not self._first:
                 return None
-            clear_leftovers(self.folder)
+            bring_back(self.folder)
             if not self.rules.local_folder:
                 return newest_checkpoint(self.folder), ""
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -301,6 +304,8 @@ class Keeper:
             self._report(kind, step, text)
 
     def __enter__(self) -> Keeper:
+        if self._first:
+            clear_leftovers(self.folder)
         return self
 
     def __exit__(
