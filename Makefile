@@ -8,7 +8,7 @@ export OMP_NUM_THREADS ?= 1
 export WANDB_SILENT ?= true
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: quickstart test test-full check format bench clean
+.PHONY: quickstart test test-full chaos check format bench clean
 
 $(VENV)/.base: Makefile
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -32,10 +32,13 @@ quickstart: $(VENV)/.quickstart  ## the main job, end to end, on two CPU process
 	$(BIN)/polylepis convert runs/quickstart --to hf
 
 test: $(VENV)/.dev  ## the suite that every commit passes
-	$(BIN)/python -m pytest -q -m "not full"
+	$(BIN)/python -m pytest -q -m "not full and not chaos"
 
 test-full: $(VENV)/.dev $(VENV)/.triton36  ## everything, minutes longer; the static gate also with Triton 3.6
-	TRITON_36=$(CURDIR)/$(VENV)/triton36 $(BIN)/python -m pytest -q
+	TRITON_36=$(CURDIR)/$(VENV)/triton36 $(BIN)/python -m pytest -q -m "not chaos"
+
+chaos: $(VENV)/.dev  ## injected faults: killed, stopped and slow ranks, NaN, full disks, jumping clocks
+	$(BIN)/python -m pytest -q -m chaos
 
 $(VENV)/.triton36: $(VENV)/.base
 	$(BIN)/pip install -q --no-deps --target $(VENV)/triton36 "triton==3.6.0"

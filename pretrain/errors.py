@@ -11,3 +11,12 @@ class DivergenceError(RuntimeError):
     """Ranks that must do the same do not. Raised on all of them at the same step; names the ranks that differ."""
 
     exit_code = 3
+
+
+class HealthError(RuntimeError):
+    """A guard stopped the run, on all ranks at the same step; says which and what to look at."""
+
+    exit_code = 4
+
+
+HANG_EXIT = 75  # EX_TEMPFAIL: the process was ended by its own watchdog; starting it again may help

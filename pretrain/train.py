@@ -7,7 +7,6 @@ import dataclasses
 import importlib.util
 import os
 import sys
-import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -25,7 +24,13 @@ from ..parallel.megatron import preload
 from ..parallel.mesh import Mesh, build_mesh
 from .config import RunConfig, load_config
 from .errors import DivergenceError
+from .health.guard import Health, Verdict
+from .meter.environment import environment, write_environment
+from .meter.meter import Meter
+from .meter.peaks import peak_flops
+from .meter.pulse import Pulse
 from .meter.tracker import Tracker, plot_losses
+from .meter.window import ProfileWindow
 from .objectives.next_token import next_token
 from .optim import build_optimizer
 from .prepare import check_run, open_data, prepare_folder
@@ -45,44 +50,86 @@ def train(config: RunConfig) -> None:
     stream = Stream(dataset, config.data, dp_rank=mesh.dp_rank, dp_size=mesh.dp_size, group=world)
     engine = build_engine(config, mesh)
 
-    first = 0
+    first, carried = 0, {}
+    environs = environment(mesh.device)
     if dist.get_rank() == 0:
         prepare_folder(config)
+        write_environment(config.path, environs)
     dist.barrier()
     resumed = newest_checkpoint(config.checkpoints)
     if resumed is not None:
         manifest = load_checkpoint(resumed, engine.models[0], engine.optimizer)
         stream.load_state_dict(manifest["data"])
-        first = manifest["step"]
+        first, carried = manifest["step"], manifest.get("health", {})
 
-    with open_tracker(config, first) as tracker:
-        for step in range(first, config.train.steps):
+    pulse = Pulse()
+    health = Health(config.health, config.path, engine, stream, pulse, config.optim.warmup)
+    meter = open_meter(config, engine, pulse, environs["device"])
+    with open_tracker(config, first) as tracker, health, meter:
+        health.resume(first, carried)
+        step = first
+        while step < config.train.steps:
             with located(step + 1):
-                started = time.perf_counter()
-                data = stream.next()
-                check_agreement(step + 1, data.doc_digest)
-                waited = time.perf_counter() - started
-
-                sums = engine.accumulate(data.micro_batches, data.total_weight)
-                norm = engine.gradient_norm()
-                if config.optim.clip and norm > config.optim.clip:
-                    engine.scale(config.optim.clip / norm)
-                lr = config.optim.lr * config.optim.factor(step, config.train.steps)
-                engine.update(lr)
-                balance_experts(engine)
-
-                dist.all_reduce(sums)
-                losses = sums / mesh.tp_size  # every tp rank counted the same tokens
-                if tracker is not None:
-                    seconds = time.perf_counter() - started
-                    tracker.log(step_metrics(config, step + 1, data, losses.tolist(), norm, lr, seconds, waited))
-                if is_checkpoint_step(config, step + 1):
-                    extra = {"step": step + 1, "data": stream.state_dict()}
+                pulse.enter("data", step + 1)
+                verdict = Verdict.SKIP
+                if not health.leaves_out(step + 1):
+                    verdict = train_step(config, step, engine, stream, health, meter, tracker)
+                if verdict is Verdict.ROLL_BACK:
+                    step = health.roll_back(step + 1)
+                    if tracker is not None:
+                        tracker.rewind(step)
+                    continue
+                step += 1
+                if is_checkpoint_step(config, step):
+                    pulse.enter("checkpoint")
+                    extra = {"step": step, "data": stream.state_dict(), "health": health.state()}
                     (model,), keep = engine.models, (config.train.keep, config.train.keep_every)
                     save_checkpoint(config.checkpoints, model, engine.optimizer, extra, *keep)
 
     if tracker is not None and importlib.util.find_spec("matplotlib") and first < config.train.steps:
         plot_losses(config.path, config.model.modalities)
+
+
+def train_step(
+    config: RunConfig,
+    step: int,
+    engine: Engine,
+    stream: Stream,
+    health: Health,
+    meter: Meter,
+    tracker: Tracker | None,
+) -> Verdict:
+    """One step, the one after `step` others, unless the guards object before the update."""
+    data = stream.next()
+    check_agreement(step + 1, data.doc_digest)
+
+    meter.pulse.enter("compute")
+    sums = engine.accumulate(data.micro_batches, data.total_weight)
+    travelling = meter.reduce(sums)
+    norm = engine.gradient_norm()
+    totals = meter.read(travelling)
+    loss = totals.loss / max(1, sum(data.target_tokens.values()))
+    verdict = health.judge(step + 1, data, sums, loss, norm)
+    if verdict is not Verdict.TRAIN:
+        engine.discard()
+        forget_loads(engine)
+        return verdict
+
+    meter.pulse.enter("update")
+    if config.optim.clip and norm > config.optim.clip:
+        engine.scale(config.optim.clip / norm)
+    lr = config.optim.lr * config.optim.factor(step, config.train.steps)
+    engine.update(lr)
+    balance_experts(engine)
+
+    meter.pulse.enter("between")
+    timing = meter.time()
+    imbalance = health.after(step + 1, timing.own)
+    if tracker is not None:
+        metrics = step_metrics(config, step + 1, data, totals.losses, norm, lr, timing.step, timing.data)
+        metrics |= meter.metrics(data, totals, timing)
+        tracker.log(metrics if imbalance is None else metrics | {"seconds/imbalance": imbalance})
+    return verdict
 
 
 def build_engine(config: RunConfig, mesh: Mesh) -> Engine:
@@ -133,6 +180,21 @@ def balance_experts(engine: Engine) -> None:
         layer.balance(load)
 
 
+def forget_loads(engine: Engine) -> None:
+    """A step without an update balances nothing."""
+    for model in engine.models:
+        for module in model.modules():
+            if isinstance(module, MoE):
+                module.load.zero_()
+
+
+def open_meter(config: RunConfig, engine: Engine, pulse: Pulse, device_name: str) -> Meter:
+    """What measures the steps of this run."""
+    peak = peak_flops(device_name, config.train.precision, config.tracking.peak_tflops)
+    window = ProfileWindow(config.path, engine.mesh.device)
+    return Meter(config.model, engine, pulse, window, config.data.global_batch * config.data.seq_len, peak)
+
+
 def is_checkpoint_step(config: RunConfig, step: int) -> bool:
     every = config.train.checkpoint_every
     return step == config.train.steps or bool(every and step % every == 0)
@@ -170,6 +232,8 @@ def open_tracker(config: RunConfig, first: int) -> Iterator[Tracker | None]:
         if config.tracking.wandb != "disabled" and first < config.train.steps:
             values = dataclasses.asdict(config)
             tracker.start_wandb(config.tracking.wandb, config.tracking.project, config.name, values)
+        if config.tracking.tensorboard and first < config.train.steps:
+            tracker.start_tensorboard()
         yield tracker
 
 

@@ -1,0 +1,245 @@
+"""What a step did, measured without a synchronisation of its own.
+
+Everything that ranks must add up travels in one vector, in the all-reduce that has always added up the losses; it is
+started before the gradient norm, whose reading synchronises, and read after it, when it has long arrived.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from ...data.stream import Step
+from ...parallel.engines.base import Engine
+from ...parallel.layout import Layout
+from ...parallel.model import HybridModel, ModelConfig, flops_per_token
+from ...parallel.parts import named_parts
+from .pulse import Pulse
+from .sampler import Sampler
+from .window import ProfileWindow
+
+TRAINING = 3  # forward and twice as much backward
+
+
+@dataclass(frozen=True)
+class Totals:
+    """Sums over the global batch, the same on all ranks.
+
+    Attributes:
+        losses: unweighted Σ ℓ per modality.
+        norms: 2-norm of the gradient of the parameters that each modality has for itself; nothing where there are none.
+        loads: tokens by layer of experts, modality and expert [layers, modalities, experts]; None without experts.
+    """
+
+    losses: list[float]
+    norms: dict[str, float]
+    loads: Tensor | None
+
+    @property
+    def loss(self) -> float:
+        return sum(self.losses)
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds of one step on this rank; `own` is its work without waiting in collectives."""
+
+    step: float
+    data: float
+    communication: float
+    own: float
+    lost: dict[str, float]
+
+
+class Meter:
+    """Measures steps. `reduce` and `read` are called by all ranks in every step.
+
+    Args:
+        config: the model.
+        engine: what trains it.
+        pulse: whose phases are summed up.
+        window: the profiler's window on this job.
+        row_tokens: tokens of a step's rows, padding included.
+        peak_flops: of one device, FLOP/s, None where it is not known.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        engine: Engine,
+        pulse: Pulse,
+        window: ProfileWindow,
+        row_tokens: int,
+        peak_flops: float | None,
+    ) -> None:
+        self.config, self.engine, self.pulse, self.window = config, engine, pulse, window
+        self.row_tokens, self.peak_flops = row_tokens, peak_flops
+        self.sampler = Sampler()
+        self._norms = ModalityNorms(engine, config.modalities)
+        self._loads = ExpertLoads(engine, config)
+
+    def __enter__(self) -> Meter:
+        self.sampler.start()
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.sampler.close()
+        self.window.close()
+        self._loads.close()
+
+    def reduce(self, sums: Tensor) -> Tensor:
+        """Start adding up over all ranks; hand the result to `read`.
+
+        Args:
+            sums: what `engine.accumulate` returned, [modalities].
+        """
+        tp = self.engine.mesh.tp_size  # every tp rank has counted the same tokens
+        pieces = [sums / tp, self._norms.squares(sums), self._loads.take(sums) / tp]
+        wanted = torch.tensor([float(self.window.wanted())], device=sums.device)
+        vector = torch.cat([*(piece.to(sums.dtype) for piece in pieces), wanted.to(sums.dtype)])
+        dist.all_reduce(vector)
+        return vector
+
+    def read(self, vector: Tensor) -> Totals:
+        """The sums; opens the profiler's window where one was asked for."""
+        count = len(self.config.modalities)
+        values = vector.tolist()
+        self.window.agree(round(values[-1]))
+        losses, squares = values[:count], values[count : 2 * count]
+        norms = {m: square**0.5 for m, square in zip(self.config.modalities, squares, strict=True)}
+        loads = vector[2 * count : -1].cpu().view(self._loads.shape) if self._loads.layers else None
+        return Totals(losses, norms if self._norms.any else {}, loads)
+
+    def time(self) -> Timing:
+        """Seconds of the step that ends now."""
+        seconds, waited = self.pulse.take(), self.sampler.take()
+        step = sum(seconds.get(phase, 0.0) for phase in ("data", "compute", "update"))
+        waited = min(waited, step)
+        lost = {phase: seconds.get(phase, 0.0) for phase in ("checkpoint", "snapshot", "between")}
+        return Timing(step, seconds.get("data", 0.0), waited, step - waited, lost)
+
+    def metrics(self, data: Step, totals: Totals, timing: Timing) -> dict[str, float]:
+        """What goes into `metrics.jsonl` beside losses; docs/health.md says what each is."""
+        values = {f"grad_norm/{name}": norm for name, norm in totals.norms.items()}
+        if totals.loads is not None:
+            values |= imbalances(totals.loads, self.config.modalities)
+        tokens = sum(data.tokens.values())
+        forward = flops_per_token(self.config, data.attended / max(1, tokens))
+        useful = TRAINING * forward * tokens
+        done = TRAINING * forward * self.row_tokens
+        per_device = max(timing.step, 1e-9) * dist.get_world_size()
+        values["model_tflops_per_device"] = useful / per_device / 1e12
+        if self.peak_flops:
+            values["mfu"] = useful / per_device / self.peak_flops
+            values["hfu"] = done / per_device / self.peak_flops
+        values["padding"] = 1 - tokens / self.row_tokens
+        values["seconds/data"] = timing.data
+        if self.engine.mesh.device.type == "cpu":  # elsewhere the thread waits for the device, not for collectives
+            values["seconds/communication"] = timing.communication
+        return values | {f"seconds/{phase}": value for phase, value in timing.lost.items()}
+
+
+class ModalityNorms:
+    """Squares of the gradients of what each modality has for itself: its entries of banks, its own vectors."""
+
+    def __init__(self, engine: Engine, modalities: Sequence[str]) -> None:
+        self.engine, self.modalities = engine, tuple(modalities)
+        self._banks: list[Tensor] = []
+        self._vectors: list[tuple[int, Tensor]] = []
+        for model in engine.models:
+            for name, parameter, part in named_parts(model):
+                if part.entries == self.modalities:
+                    self._banks.append(parameter)
+                elif (last := name.rpartition(".")[2]) in self.modalities:
+                    self._vectors.append((self.modalities.index(last), parameter))
+        found = torch.tensor([bool(self._banks or self._vectors)], dtype=torch.int64, device=engine.mesh.device)
+        dist.all_reduce(found, op=dist.ReduceOp.MAX)  # a pipeline stage may have none
+        self.any = bool(found)
+
+    @torch.no_grad()
+    def squares(self, like: Tensor) -> Tensor:
+        """[modalities], weighted so that the sum over all ranks counts every element once."""
+        total = torch.zeros(len(self.modalities), device=like.device)
+        for parameter in self._banks:
+            if isinstance(parameter.grad, DTensor):
+                local = parameter.grad.to_local().float()
+                total += local.square().flatten(1).sum(1) * self._weight(parameter.grad)
+        for index, parameter in self._vectors:
+            if isinstance(parameter.grad, DTensor):
+                total[index] += parameter.grad.to_local().float().square().sum() * self._weight(parameter.grad)
+        return total
+
+    def _weight(self, grad: DTensor) -> float:
+        """One over the number of ranks that hold the same elements."""
+        shards = 1
+        for size, placement in zip(grad.device_mesh.shape, grad.placements, strict=True):
+            shards *= 1 if placement.is_replicate() else size
+        axes = self.engine.mesh.device_mesh
+        stages = dict(zip(axes.mesh_dim_names or (), axes.shape, strict=False)).get("pp", 1)
+        return shards * stages / dist.get_world_size()
+
+
+class ExpertLoads:
+    """Counts, as layers of experts run, the tokens of each modality that each expert received."""
+
+    def __init__(self, engine: Engine, config: ModelConfig) -> None:
+        symbols = config.symbols
+        self.layers = [index for index, symbol in enumerate(symbols) if symbol == "E"]
+        experts = max((config.layer(index)[1].n_experts for index in self.layers), default=0)
+        self.shape = (len(self.layers), len(config.modalities), experts)
+        self._counts = torch.zeros(self.shape, device=engine.mesh.device)
+        self._handles = [handle for model in engine.models for handle in self._watch(model)]
+
+    def _watch(self, model: HybridModel) -> list[Any]:
+        blocks = {int(name): block for name, block in model.layers.named_children()}
+        return [
+            blocks[index].mixer.register_forward_hook(self._hook(row))
+            for row, index in enumerate(self.layers)
+            if index in blocks
+        ]
+
+    def _hook(self, row: int) -> Any:
+        def count(mixer: Any, arguments: tuple[Any, ...], output: Any) -> None:
+            layout = arguments[1]
+            assert isinstance(layout, Layout)
+            if not mixer.training or not torch.is_grad_enabled():
+                return
+            _, _, experts = self.shape
+            chosen = mixer.chosen
+            place = layout.modality.ids[:, None] * experts + chosen
+            real = (layout.seq_idx[0] >= 0).to(self._counts.dtype)
+            flat = self._counts[row].view(-1)
+            flat.index_add_(0, place.reshape(-1), real.repeat_interleave(chosen.shape[1]))
+
+        return count
+
+    def take(self, like: Tensor) -> Tensor:
+        """This rank's counts since the last call, flat."""
+        counts = self._counts.to(like.dtype).view(-1).clone()
+        self._counts.zero_()
+        return counts
+
+    def close(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+
+def imbalances(loads: Tensor, modalities: Sequence[str]) -> dict[str, float]:
+    """Load of the busiest expert over the mean, in the worst layer: of all tokens, and of each modality's.
+
+    Args:
+        loads: [layers, modalities, experts].
+    """
+
+    def worst(counts: Tensor) -> float:
+        means = counts.mean(-1)
+        return float((counts.amax(-1) / means.clamp(min=1e-9))[means > 0].max()) if bool((means > 0).any()) else 1.0
+
+    values = {"router_load": worst(loads.sum(1))}
+    return values | {f"router_load/{name}": worst(loads[:, i]) for i, name in enumerate(modalities)}
