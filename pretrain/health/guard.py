@@ -189,13 +189,8 @@ class Health:
         self.stragglers = Stragglers(self.config)
         details = {"to": back, "from": where, "positions": [entry.position for entry in listed], "set_aside": set_aside}
         message = f"rolled back to step {back} ({where}); batches {first} to {last} are left out"
-        self._tell(
-            "spike",
-            "rollback",
-            step,
-            message + (f"; set aside: {', '.join(set_aside)}" if set_aside else ""),
-            **details,
-        )
+        message += f"; set aside: {', '.join(set_aside)}" if set_aside else ""
+        self._tell("spike", "rollback", step, message, **details)
         return back
 
     def after(self, step: int, own_seconds: float) -> float | None:
@@ -235,9 +230,8 @@ class Health:
     def _compare_ranks(self, step: int) -> float:
         compared = self.stragglers.compare()
         if compared.slow:
-            names = ", ".join(
-                f"rank {r} ({compared.own[r] / max(1e-9, compared.median):.1f}×)" for r in compared.slow[:8]
-            )
+            least = max(1e-9, compared.median)
+            names = ", ".join(f"rank {rank} ({compared.own[rank] / least:.1f}×)" for rank in compared.slow[:8])
             message = f"slow: {names} of the median's {compared.median:.3f} s of own work per step"
             self._tell("straggler", "slow ranks", step, message, own_seconds=compared.own, slow=compared.slow)
             if self.config.straggler == "act" and (late := self.stragglers.persistent()):

@@ -134,9 +134,8 @@ def explain(findings: Sequence[Finding]) -> str:
     holders = [f for f in findings if f.n_parameters]
     parts = []
     if origins:
-        parts.append(
-            "began on " + ", ".join(f"rank {f.rank}{f' in {f.origin}' if f.origin else ''}" for f in origins[:8])
-        )
+        places = [f"rank {f.rank}{f' in {f.origin}' if f.origin else ''}" for f in origins[:8]]
+        parts.append(f"began on {', '.join(places)}")
     if holders:
         first = holders[0]
         more = f" and {first.n_parameters - 1} more" if first.n_parameters > 1 else ""

@@ -14,7 +14,7 @@ def collectives() -> dict[str, Any]:
     """The last collectives of this rank, and the last one enqueued in each group; empty where nothing is recorded.
 
     Returns:
-        `groups`: name → ranks (None: all) and number of the last enqueued collective; `entries`: the last ones, oldest
+        `groups`: name → number of the last enqueued collective; `entries`: the last ones, oldest
         first, with group, name, number, sizes, whether it has `ended`, and who called it (file:line in function).
     """
     dump = getattr(torch._C._distributed_c10d, "_dump_fr_trace", None)
@@ -22,13 +22,7 @@ def collectives() -> dict[str, Any]:
         return {"groups": {}, "entries": []}
     # The recorder answers with a pickle that it has just made in this process.
     trace = pickle.loads(dump(includeCollectives=True, includeStackTraces=True, onlyActive=False))
-    groups = {
-        name: {
-            "ranks": trace.get("pg_config", {}).get(name, {}).get("ranks"),
-            "last": status["last_enqueued_collective"],
-        }
-        for name, status in trace.get("pg_status", {}).items()
-    }
+    groups = {name: status["last_enqueued_collective"] for name, status in trace["pg_status"].items()}
     return {"groups": groups, "entries": [_entry(entry) for entry in trace.get("entries", [])[-LAST:]]}
 
 

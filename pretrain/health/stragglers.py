@@ -55,9 +55,8 @@ class Stragglers:
         own = everyone.tolist()
         # The lower of the two middle ones for an even number: of two ranks, the slower one is slow.
         median = statistics.median_low(own)
-        slow = sorted(
-            (r for r, s in enumerate(own) if s > self.config.straggler_factor * median), key=lambda r: -own[r]
-        )
+        limit = self.config.straggler_factor * median
+        slow = sorted((rank for rank, seconds in enumerate(own) if seconds > limit), key=lambda rank: -own[rank])
         self._streaks = {rank: self._streaks.get(rank, 0) + 1 for rank in slow}
         return Comparison(own, median, slow)
 

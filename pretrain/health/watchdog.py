@@ -101,25 +101,22 @@ class Watchdog(threading.Thread):
         beat = self.pulse.beat
         recorded = collectives()
         self._dump(beat.step, recorded)
-        waits = bool(recorded["entries"]) and not recorded["entries"][-1]["ended"]
-        last = {name: group["last"] for name, group in recorded["groups"].items()}
-        self.show(in_collective=waits, collectives=last)
+        entry = recorded["entries"][-1] if recorded["entries"] else None
+        waits = entry is not None and not entry["ended"]
+        self.show(in_collective=waits, collectives=recorded["groups"])
         time.sleep(2 * self.tick)  # until the others have noticed too, and shown it
         before = self._others()
-        self.show(in_collective=waits, collectives=last)
+        self.show(in_collective=waits, collectives=recorded["groups"])
         time.sleep(2 * self.tick)
         behind, why = judge(before, self._others(), self.world)
-        entry = recorded["entries"][-1] if recorded["entries"] else None
-        where = (
-            f"in {entry['name']} {entry['number']} of {entry['group']}, called from {entry['caller']}" if entry else ""
-        )
+        where = _collective(entry) if entry and waits else "in no collective"
         names = ", ".join(f"rank {rank}{_place(before.get(rank))}" for rank in behind[:8])
         message = f"hang: no progress for {time.monotonic() - beat.since:.0f} s in phase {beat.phase}; "
         message += f"behind: {names} ({why})" if behind else f"no rank is behind the others ({why})"
         speakers = [rank for rank in sorted(before) if rank not in behind] or [self.rank]
         if self.rank == speakers[0]:
             details = {"behind": behind, "why": why, "last_collective": entry, "heartbeats": before}
-            self.events.tell("hang", "hang", beat.step, f"{message}; this rank waits {where}".rstrip(), **details)
+            self.events.tell("hang", "hang", beat.step, f"{message}; this rank is {where}", **details)
         if self.config.hang == "act" and self.pulse.beat.count == beat.count:
             print(f"polylepis: rank {self.rank} ends (exit code {HANG_EXIT}): {message}", file=sys.stderr, flush=True)
             self.end(HANG_EXIT)
@@ -181,6 +178,10 @@ def judge(
     if fewer and len(fewer) < len(after):
         return fewer, "has called fewer collectives of its group"
     return [], "all ranks are at the same collective or in none: the network or the device may hang"
+
+
+def _collective(entry: Mapping[str, Any]) -> str:
+    return f"in {entry['name']} {entry['number']} of {entry['group']}, called from {entry['caller']}"
 
 
 def _place(shown: Mapping[str, Any] | None) -> str:

@@ -199,7 +199,7 @@ class ExpertLoads:
     def _watch(self, model: HybridModel) -> list[Any]:
         blocks = {int(name): block for name, block in model.layers.named_children()}
         return [
-            blocks[index].mixer.register_forward_hook(self._hook(row))
+            blocks[index].get_submodule("mixer").register_forward_hook(self._hook(row))
             for row, index in enumerate(self.layers)
             if index in blocks
         ]

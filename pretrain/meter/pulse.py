@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections import Counter
 from dataclasses import dataclass
 
 # In the order of a step. `start` is everything before the first step; `between` is bookkeeping.
@@ -32,16 +31,16 @@ class Pulse:
 
     def __init__(self) -> None:
         self.beat = Beat(0, "start", time.monotonic(), 0)
-        self._seconds: Counter[str] = Counter()
+        self._seconds: dict[str, float] = {}
 
     def enter(self, phase: str, step: int | None = None) -> None:
         """The loop is now in `phase` (of `step`, where a new one begins)."""
         now, old = time.monotonic(), self.beat
-        self._seconds[old.phase] += now - old.since
+        self._seconds[old.phase] = self._seconds.get(old.phase, 0.0) + now - old.since
         self.beat = Beat(old.step if step is None else step, phase, now, old.count + 1)
 
     def take(self) -> dict[str, float]:
         """Seconds by phase since the last call, the present phase's so far included."""
         self.enter(self.beat.phase)
-        seconds, self._seconds = dict(self._seconds), Counter()
+        seconds, self._seconds = self._seconds, {}
         return seconds

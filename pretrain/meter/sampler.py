@@ -1,4 +1,4 @@
-"""What the loop's thread waits for, by looking at it many times a second: no hook in any collective, no synchronisation.
+"""What the loop's thread waits for, seen by looking at it many times a second: no hooks, no synchronisation.
 
 Ranks run in lockstep, so their step times are equal and say nothing of who is slow. What differs is how long each one
 waits inside collectives for the others: a rank's own work is the step without that. The share of samples in which the
