@@ -51,9 +51,13 @@ class Events:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             # One write of one line to a file opened for appending: lines of several ranks do not mix.
-            descriptor = os.open(self.folder / EVENTS_FILE, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+            descriptor = os.open(self.folder / EVENTS_FILE, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
             try:
-                os.write(descriptor, (json.dumps(event) + "\n").encode())
+                size = os.fstat(descriptor).st_size
+                cut = size and os.pread(descriptor, 1, size - 1) != b"\n"  # a disk was full in the middle of a line
+                line = (("\n" if cut else "") + json.dumps(event) + "\n").encode()
+                if os.write(descriptor, line) < len(line):
+                    raise OSError("no space for a whole line")
             finally:
                 os.close(descriptor)
         except OSError as error:
