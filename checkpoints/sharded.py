@@ -6,9 +6,8 @@ it loads on any other mesh, optimizer state included, and a reader needs no proc
 
 from __future__ import annotations
 
-import shutil
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,143 +15,199 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
-from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from ..parallel.model import HybridModel
-from ..parallel.parts import named_parts, split_bank
+from ..parallel.engines.base import Optimizer
+from .content import content_hash, content_sum, hash_tensor
 from .errors import CheckpointError
-from .manifest import damages, hash_file, read_manifest, superfluous, sync_folder, write_manifest
+from .host import random_state, set_random_state
+from .reader import Reader
+from .saving import together, write_checkpoint
+from .tensors import MOMENTS, OPTIMIZER, RANDOM, Models, model_tensors, optimizer_tensors, put_back, state_tensors
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
-
-
-def model_tensors(model: HybridModel) -> dict[str, Tensor]:
-    """Every logical tensor of the model, sharing its memory: parameters by entry, then persistent buffers."""
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()  # after a forward without backward the root still holds gathered copies
-    tensors: dict[str, Tensor] = {}
-    for name, parameter, part in named_parts(model):
-        tensors.update(split_bank(parameter.detach(), part, name))
-    parameters = {name for name, _ in model.named_parameters()}
-    tensors.update({name: t for name, t in model.state_dict().items() if name not in parameters})
-    return tensors
-
-
-def optimizer_tensors(model: HybridModel, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Both AdamW moments of every logical parameter, and each parameter's step count; created where absent."""
-    tensors: dict[str, Tensor] = {}
-    for name, parameter, part in named_parts(model):
-        state = optimizer.state[parameter]
-        if not state:
-            state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
-            state.update({moment: torch.zeros_like(parameter) for moment in MOMENTS})
-        tensors[f"optimizer.step.{name}"] = state["step"]
-        for moment in MOMENTS:
-            tensors.update(split_bank(state[moment], part, f"optimizer.{moment}.{name}"))
-    return tensors
+__all__ = [
+    "MOMENTS",
+    "content_damages",
+    "load_checkpoint",
+    "model_tensors",
+    "optimizer_tensors",
+    "read_tensors",
+    "save_checkpoint",
+    "stream_tensors",
+]
 
 
 def save_checkpoint(
     folder: Path,
-    model: HybridModel,
-    optimizer: torch.optim.Optimizer,
+    models: Models,
+    optimizer: Optimizer,
     extra: Mapping[str, Any],
     keep: int = 0,
     keep_every: int = 0,
 ) -> Path:
-    """Write `folder/step-<8 digits>`: aside, then the manifest, then one rename. All ranks call it.
+    """Write `folder/step-<8 digits>` and wait for it; see `write_checkpoint`. All ranks call it.
 
     Args:
-        folder: the run's checkpoint folder.
+        models: the layers of this rank, one model or one per pipeline stage.
         extra: JSON values kept in the manifest; `step` must be among them.
-        keep: how many checkpoints to keep, oldest removed first; 0 keeps all.
-        keep_every: checkpoints at multiples of this many steps are kept for ever; 0 for none.
-
-    Returns:
-        The finished checkpoint.
     """
-    final = folder / f"step-{extra['step']:08d}"
-    aside = folder / f".{final.name}.part"
-    if dist.get_rank() == 0:
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir(parents=True)
-    dist.barrier()
-    tensors = model_tensors(model) | optimizer_tensors(model, optimizer)
-    dcp.save(tensors, checkpoint_id=aside)
-    files = _hash_own_files(aside)
-    if dist.get_rank() == 0:
-        described = {n: {"shape": list(t.shape), "dtype": str(t.dtype)} for n, t in tensors.items()}
-        write_manifest(aside, {**extra, "torch": torch.__version__, "files": files, "tensors": described})
-        if final.exists():
-            shutil.rmtree(final)
-        aside.rename(final)
-        sync_folder(folder)
-        for old in superfluous(folder, keep, keep_every):
-            shutil.rmtree(old)
-    dist.barrier()
-    return final
+    tensors = state_tensors(models, optimizer) | random_tensors()
+    return write_checkpoint(folder, tensors, extra, keep=keep, keep_every=keep_every)
 
 
-def _hash_own_files(aside: Path) -> dict[str, Any]:
-    """Size and hash of every file of the checkpoint on rank 0; each rank reads back what it wrote itself."""
-    rank = dist.get_rank()
-    own = [*aside.glob(f"__{rank}_*"), *([aside / ".metadata"] if rank == 0 else [])]
-    mine = {path.name: hash_file(path) for path in sorted(own)}
-    everyone: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, mine)
-    return {name: value for files in everyone for name, value in files.items()}
+def random_tensors() -> dict[str, Tensor]:
+    """This rank's random states, under a name of its own."""
+    return {f"{RANDOM}{dist.get_rank()}": random_state()}
 
 
 def load_checkpoint(
-    checkpoint: Path, model: HybridModel, optimizer: torch.optim.Optimizer | None = None
+    checkpoint: Path, models: Models, optimizer: Optimizer | None = None, *, check_content: bool = True
 ) -> dict[str, Any]:
-    """Fill model (and optimizer) in place, re-sharding to their mesh; returns the manifest. All ranks call it.
+    """Fill models (and optimizer) in place, re-sharding to their mesh; returns the manifest. All ranks call it.
+
+    With an optimizer, training goes on: then each rank's random states come back too, if the number of ranks is the one
+    that saved. On another number they are left as they are: nothing maps the states of one set of ranks to another.
+
+    Args:
+        check_content: compare what has been read with the content hashes of the manifest, tensor by tensor.
 
     Raises:
-        CheckpointError: files are missing or cut, or it holds another model; names the first that differs.
+        CheckpointError: on every rank. Files are missing, cut or changed, or it holds another model; then the message
+            lists the first ten tensors that are missing, too many or of another shape, and their number.
     """
-    manifest = read_manifest(checkpoint)
-    for damage in damages(checkpoint, content=False):
-        raise CheckpointError(f"{checkpoint}: {damage}; resume from another checkpoint")
-    tensors = model_tensors(model)
-    _check_same_model(checkpoint, manifest["tensors"], tensors)
+    problem, reader = None, None
+    try:
+        reader = Reader(checkpoint)
+    except CheckpointError as error:
+        problem = str(error)
+    for theirs in together(None, lambda: problem):  # a file may be missing on one node alone
+        if theirs is not None:
+            raise CheckpointError(theirs)
+    assert reader is not None
+    saved: dict[str, Any] = reader.manifest["tensors"]
+    tensors = model_tensors(models) if optimizer is None else state_tensors(models, optimizer)
+    _check_same_model(checkpoint, saved, tensors, with_optimizer=optimizer is not None)
+    mine = f"{RANDOM}{dist.get_rank()}"
+    world = sum(name.startswith(RANDOM) for name in saved)
+    generators: dict[str, Tensor] = {}
+    if optimizer is not None and world == dist.get_world_size():
+        generators[mine] = torch.empty(saved[mine]["shape"], dtype=torch.uint8)
+    dcp.load(tensors | generators, storage_reader=reader)
+    if check_content:
+        _check_content(checkpoint, saved, tensors | generators)
     if optimizer is not None:
-        tensors |= optimizer_tensors(model, optimizer)
-    dcp.load(tensors, checkpoint_id=checkpoint)
-    return manifest
+        put_back(tensors, optimizer)
+    if generators:
+        set_random_state(generators[mine])
+    return reader.manifest
 
 
-def _check_same_model(checkpoint: Path, saved: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-    saved_shapes = {n: tuple(t["shape"]) for n, t in saved.items() if not n.startswith("optimizer.")}
-    shapes = {n: tuple(t.shape) for n, t in tensors.items()}
-    if saved_shapes == shapes:
-        return
-    name = sorted(n for n in saved_shapes.keys() | shapes.keys() if saved_shapes.get(n) != shapes.get(n))[0]
-    raise CheckpointError(
-        f"{checkpoint}: holds another model; {name} is {saved_shapes.get(name, 'absent')} in the checkpoint and "
-        f"{shapes.get(name, 'absent')} in the model"
-    )
+def _check_same_model(
+    checkpoint: Path, saved: Mapping[str, Any], tensors: Mapping[str, Tensor], with_optimizer: bool
+) -> None:
+    """Names and shapes; what is too many in the checkpoint is known only from the names of all ranks."""
+    there = {n: tuple(t["shape"]) for n, t in saved.items() if not n.startswith(RANDOM)}
+    if not with_optimizer:
+        there = {n: shape for n, shape in there.items() if not n.startswith(OPTIMIZER)}
+    here = {n: tuple(t.shape) for n, t in tensors.items()}
+    mine = {n: f"{n} is {there.get(n, 'absent')} in it and {s} here" for n, s in here.items() if there.get(n) != s}
+    problems = {name: line for theirs in together(None, lambda: mine) for name, line in theirs.items()}
+    names = sorted(there)
+    holders = _summed(torch.tensor([name in here for name in names], dtype=torch.int64))
+    nobody = [name for name, ranks in zip(names, holders, strict=True) if not ranks]
+    problems |= {name: f"{name} is {there[name]} in it and absent here" for name in nobody}
+    if problems:
+        lines = [problems[name] for name in sorted(problems)]
+        rest = f"; and {len(lines) - 10:,} more" if len(lines) > 10 else ""
+        raise CheckpointError(
+            f"{checkpoint}: holds another model: {len(lines):,} tensors differ: {'; '.join(lines[:10])}{rest}"
+        )
+
+
+def _check_content(checkpoint: Path, saved: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    """Sums over the blocks of all ranks, each element counted once, against the manifest's hashes."""
+    names = sorted(saved)
+    place = {name: index for index, name in enumerate(names)}
+    halves = torch.zeros(2, len(names), dtype=torch.int64)  # of 32 bits each: 64-bit sums would overflow
+    wrong = []
+    for name, tensor in tensors.items():
+        if str(tensor.dtype) != saved[name]["dtype"]:
+            continue  # converted while it was read
+        if not isinstance(tensor, DTensor):
+            if hash_tensor(tensor) != saved[name]["hash"]:
+                wrong.append(name)
+        elif _is_first_replica(tensor):
+            _, offsets = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
+            total = content_sum(tensor.to_local(), offsets)
+            halves[:, place[name]] += torch.tensor([total >> 32, total & 0xFFFFFFFF])
+    high, low = (_summed(half) for half in halves)
+    for name, tensor in tensors.items():
+        entry, at = saved[name], place[name]
+        if isinstance(tensor, DTensor) and str(tensor.dtype) == entry["dtype"]:
+            total = (high[at] << 32) + low[at]
+            if content_hash(total, tensor.shape, tensor.dtype) != entry["hash"]:
+                wrong.append(name)
+    found = sorted({name for theirs in together(None, lambda: wrong) for name in theirs})
+    if found:
+        raise CheckpointError(
+            f"{checkpoint}: {len(found):,} tensors are not what was saved: {', '.join(found[:10])}"
+            f"{' …' if len(found) > 10 else ''}; resume from another checkpoint"
+        )
+
+
+def _is_first_replica(tensor: DTensor) -> bool:
+    """Whether this rank, among those that hold the same block, is the one that counts it."""
+    coordinate = tensor.device_mesh.get_coordinate() or ()
+    return not any(at for at, p in zip(coordinate, tensor.placements, strict=True) if p.is_replicate())
+
+
+def _summed(values: Tensor) -> list[int]:
+    """Σ over all ranks."""
+    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+    values = values.to(device)
+    dist.all_reduce(values)
+    return values.tolist()
+
+
+def content_damages(checkpoint: Path) -> Iterator[str]:
+    """Read every tensor and compare it with its content hash, one at a time; one line for each that differs."""
+    reader = Reader(checkpoint)
+    for name, tensor in stream_tensors(reader, list(reader.manifest["tensors"])):
+        if hash_tensor(tensor) != reader.manifest["tensors"][name]["hash"]:
+            yield f"{name}: is not what the ranks held when they saved"
+
+
+def stream_tensors(reader: Reader, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
+    """Whole logical tensors on the CPU, one at a time; the index is read once, no process group is needed."""
+    for name in names:
+        yield name, _read(reader, [name])[name]
 
 
 def read_tensors(checkpoint: Path, prefix: str = "") -> dict[str, Tensor]:
     """Whole logical tensors on the CPU, no process group needed.
 
     Args:
-        prefix: read only names that start with it; the optimizer's are read only when asked for.
+        prefix: read only names that start with it; what is not the model's is read only when asked for.
+
+    Raises:
+        CheckpointError: an unfinished or foreign checkpoint.
     """
-    read_manifest(checkpoint)
-    metadata = FileSystemReader(checkpoint).read_metadata().state_dict_metadata
-    tensors: dict[str, Any] = {
-        name: torch.empty(entry.size, dtype=entry.properties.dtype)
-        for name, entry in metadata.items()
-        if isinstance(entry, TensorStorageMetadata)
-        and name.startswith(prefix)
-        and (prefix or not name.startswith("optimizer."))
-    }
+    reader = Reader(checkpoint)
+    hidden = () if prefix else (OPTIMIZER, RANDOM)
+    stored = reader.read_metadata().state_dict_metadata
+    return _read(reader, [name for name in stored if name.startswith(prefix) and not name.startswith(hidden)])
+
+
+def _read(reader: Reader, names: Iterable[str]) -> dict[str, Tensor]:
+    stored = reader.read_metadata().state_dict_metadata
+    tensors: dict[str, Any] = {}
+    for name in names:
+        entry = stored[name]
+        if isinstance(entry, TensorStorageMetadata):
+            tensors[name] = torch.empty(entry.size, dtype=entry.properties.dtype)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)
-        dcp.load(tensors, checkpoint_id=checkpoint, no_dist=True)
+        dcp.load(tensors, storage_reader=reader, no_dist=True)
     return tensors

@@ -50,6 +50,13 @@ def scatter_sum_sequence(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     return _mappings().reduce_scatter_to_sequence_parallel_region(x, group=group)
 
 
+def sum_gradient(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """The identity, whose gradient is all-reduced (summed): for what every rank holds but only partly uses."""
+    if group.size() == 1:
+        return x
+    return _mappings().copy_to_tensor_model_parallel_region(x, group=group)
+
+
 def all_to_all(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     """[ranks · n, …] → [ranks · n, …]: the r-th part goes to rank r; the gradient goes back the same way."""
     if group.size() == 1:

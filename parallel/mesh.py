@@ -25,7 +25,7 @@ class MeshConfig:
         cp: context-parallel ranks, which share the tokens of one micro-batch. They hold different tokens of the same
             parameters, so parameters are sharded over dp_shard × cp.
         tp: tensor-parallel ranks; their activations between layers are sharded along the sequence.
-        pp: pipeline stages; only 1 in this version.
+        pp: pipeline ranks, the outermost axis: each holds one stage of layers, or several (`PipelineConfig.chunks`).
     """
 
     dp_replicate: int = 1
@@ -47,18 +47,21 @@ class MeshConfig:
                 f"mesh: every axis is ≥ 1 (dp_shard may be -1): dp_replicate={self.dp_replicate}, "
                 f"dp_shard={self.dp_shard}, cp={self.cp}, tp={self.tp}, pp={self.pp}"
             )
-        if self.pp > 1:
-            raise PlanError(f"mesh: pp {self.pp}: this version has no pipeline stages; accepted: 1")
-        others = self.dp_replicate * self.cp * self.tp
+        others = self.pp * self.dp_replicate * self.cp * self.tp
         shard = max(1, world_size // others) if self.dp_shard == -1 else self.dp_shard
         if others * shard != world_size:
             fits = others * max(1, round(world_size / others))
             nearest = f"; the nearest that fits is {fits}" if self.dp_shard == -1 else ""
             raise PlanError(
-                f"mesh: dp_replicate {self.dp_replicate} × dp_shard {shard} × cp {self.cp} × tp {self.tp} = "
-                f"{others * shard} processes, but the world size is {world_size}{nearest}"
+                f"mesh: pp {self.pp} × dp_replicate {self.dp_replicate} × dp_shard {shard} × cp {self.cp} × "
+                f"tp {self.tp} = {others * shard} processes, but the world size is {world_size}{nearest}"
             )
         return replace(self, dp_shard=shard)
+
+    @property
+    def n_processes(self) -> int:
+        """The product of the axes; `dp_shard: -1` counts as 1."""
+        return self.pp * self.dp_replicate * max(1, self.dp_shard) * self.cp * self.tp
 
 
 @dataclass(frozen=True)
@@ -86,14 +89,26 @@ class Mesh:
     """The process mesh and what the layers ask of it.
 
     Attributes:
-        device_mesh: axes `dp_replicate, fsdp, tp`, where fsdp = dp_shard × cp: what parameters lie on.
-        tokens: axes `dp_replicate, dp_shard, cp, tp` over the same ranks: what tokens lie on.
+        device_mesh: axes `pp, dp_replicate, fsdp, tp`, where fsdp = dp_shard × cp: what parameters lie on.
+        tokens: axes `pp, dp_replicate, dp_shard, cp, tp` over the same ranks: what tokens lie on.
     """
 
     device_mesh: DeviceMesh
     tokens: DeviceMesh
     device: torch.device
     context: ContextConfig = field(default_factory=ContextConfig)
+
+    @property
+    def pp_group(self) -> dist.ProcessGroup:
+        return self.device_mesh.get_group("pp")
+
+    @property
+    def pp_size(self) -> int:
+        return self.device_mesh["pp"].size()
+
+    @property
+    def pp_rank(self) -> int:
+        return self.device_mesh.get_local_rank("pp")
 
     @property
     def tp(self) -> DeviceMesh:
@@ -125,8 +140,8 @@ class Mesh:
 
     @property
     def dp_size(self) -> int:
-        """Ranks that read different data: context- and tensor-parallel ranks share theirs."""
-        return self.tokens.size() // (self.tp_size * self.cp_size)
+        """Ranks that read different data: pipeline, context- and tensor-parallel ranks share theirs."""
+        return self.tokens.size() // (self.pp_size * self.tp_size * self.cp_size)
 
     @property
     def dp_rank(self) -> int:
@@ -167,8 +182,9 @@ def build_mesh(
     device = torch.device(kind, int(os.environ.get("LOCAL_RANK", 0))) if kind == "cuda" else torch.device(kind)
     if kind == "cuda":
         torch.cuda.set_device(device)
-    replicate, shard, cp, tp = sizes.dp_replicate, sizes.dp_shard, sizes.cp, sizes.tp
-    parameters = init_device_mesh(kind, (replicate, shard * cp, tp), mesh_dim_names=("dp_replicate", "fsdp", "tp"))
-    axes = ("dp_replicate", "dp_shard", "cp", "tp")
-    tokens = init_device_mesh(kind, (replicate, shard, cp, tp), mesh_dim_names=axes)
+    pp, replicate, shard, cp, tp = sizes.pp, sizes.dp_replicate, sizes.dp_shard, sizes.cp, sizes.tp
+    names = ("pp", "dp_replicate", "fsdp", "tp")
+    parameters = init_device_mesh(kind, (pp, replicate, shard * cp, tp), mesh_dim_names=names)
+    axes = ("pp", "dp_replicate", "dp_shard", "cp", "tp")
+    tokens = init_device_mesh(kind, (pp, replicate, shard, cp, tp), mesh_dim_names=axes)
     return Mesh(parameters, tokens, device, context or ContextConfig())

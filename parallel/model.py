@@ -25,6 +25,8 @@ from .megatron import gather_sequence, scatter_sum_sequence
 from .mesh import ContextConfig, Mesh, MeshConfig
 from .parts import Init, Part, PartModule, add_part, local
 from .pattern import parse_pattern
+from .pipeline.stage import Stage, whole_model
+from .recompute import RecomputeConfig, recomputed
 from .vocab import embed_local, mask_pad_logits, vocab_parallel_cross_entropy
 
 
@@ -160,14 +162,20 @@ def flops_per_token(config: ModelConfig, mean_keys: float) -> float:
 class Block(PartModule):
     """x + scatter(mixer(gather(norm(x)))): the residual stream is sharded along the sequence over tp."""
 
-    def __init__(self, kind: Kind, config: Any, shape: Shape, mesh: Mesh) -> None:
+    def __init__(
+        self, kind: Kind, config: Any, shape: Shape, mesh: Mesh, recompute: RecomputeConfig | None = None
+    ) -> None:
         super().__init__()
         self.eps, self.mesh = shape.norm_eps, mesh
+        self.run = recomputed(self._run, kind.section, recompute or RecomputeConfig())
         self.norm = PartModule()
         add_part(self, "norm.weight", norm_part(shape.d_model), mesh)
         self.mixer: Mixer = kind.mixer(config, shape, mesh, kind.parts(config, shape))
 
     def forward(self, x_TD: Tensor, layout: Layout) -> Tensor:
+        return self.run(x_TD, layout)
+
+    def _run(self, x_TD: Tensor, layout: Layout) -> Tensor:
         normed = rms_norm(x_TD, local(self.norm.weight, partial=True), self.eps)
         mixed = self.mixer(gather_sequence(normed, self.mesh.tp_group), layout)
         return x_TD + scatter_sum_sequence(mixed, self.mesh.tp_group)
@@ -177,43 +185,55 @@ Cache = list[dict[str, Tensor]]
 
 
 class HybridModel(PartModule):
-    """Build it with `build_model`, which also shards and initialises it."""
+    """The model, or one pipeline stage of it. Build it with `build_model`, which also shards and initialises it."""
 
-    def __init__(self, config: ModelConfig, mesh: Mesh) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        mesh: Mesh,
+        stage: Stage | None = None,
+        recompute: RecomputeConfig | None = None,
+    ) -> None:
         super().__init__()
         config.check(mesh.tp_size)
         self.config, self.mesh = config, mesh
+        self.stage = stage or whole_model(len(config.symbols))
         parts = config.parts()
-        for name in ("embed.weight", "final_norm.weight", "lm_head.weight"):
-            add_part(self, name, parts[name], mesh)
+        ends = (("embed",) if self.stage.embeds else ()) + (("final_norm", "lm_head") if self.stage.predicts else ())
+        for name in ends:
+            add_part(self, f"{name}.weight", parts[f"{name}.weight"], mesh)
         # Keyed by global index: names stay the same when a pipeline stage holds only some of the layers.
         self.layers = nn.ModuleDict()
-        for index in range(len(config.symbols)):
+        for index in self.stage.layers:
             kind, layer = config.layer(index)
-            self.layers[str(index)] = Block(kind, layer, config.shape, mesh)
+            self.layers[str(index)] = Block(kind, layer, config.shape, mesh, recompute)
 
-    def forward(self, tokens_T: Tensor, layout: Layout, labels_T: Tensor | None = None) -> Tensor:
-        """Per-token cross-entropy, or the logits where there are no labels.
+    def forward(self, x: Tensor, layout: Layout, labels_T: Tensor | None = None) -> Tensor:
+        """Per-token cross-entropy, or the logits where there are no labels; of a stage that is not the last, x again.
 
         Args:
-            tokens_T: int64 [T], all tokens of the micro-batch on every tp rank; under context parallelism this
-                rank's share of them (`Layout.mine`), and so the labels and the result.
+            x: int64 [T], all tokens of the micro-batch on every tp rank; under context parallelism this
+                rank's share of them (`Layout.mine`), and so the labels and the result. For a stage that is not the
+                first, what the stage before returned.
             layout: their documents and modalities.
             labels_T: int64 [T] or None.
 
         Returns:
             [T] cross-entropy in at least float32, the same on all tp ranks; without labels this rank's logits
-            [T, padded_vocab / tp].
+            [T, padded_vocab / tp]. From a stage that is not the last, the residual stream [T/tp, D].
 
         Raises:
             PlanError: T is not divisible by tp.
         """
         group = self.mesh.tp_group
-        cut_tokens(tokens_T.shape[0], 1, self.mesh.tp_size, "contiguous")
-        rows = embed_local(tokens_T, local(self.embed.weight), self.mesh.tp_rank)
-        x_TD = scatter_sum_sequence(rows, group)
+        if self.stage.embeds:
+            cut_tokens(x.shape[0], 1, self.mesh.tp_size, "contiguous")
+            x = scatter_sum_sequence(embed_local(x, local(self.embed.weight), self.mesh.tp_rank), group)
+        x_TD = x
         for block in self.layers.values():
             x_TD = block(x_TD, layout)
+        if not self.stage.predicts:
+            return x_TD
         normed = rms_norm(x_TD, local(self.final_norm.weight, partial=True), self.config.norm_eps)
         logits = self._logits(gather_sequence(normed, group))
         return logits if labels_T is None else vocab_parallel_cross_entropy(logits, labels_T, group)

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
 
 from .errors import PlanError
+from .megatron import sum_gradient
 from .mesh import Mesh
 
 ROWS_PER_BLOCK = 4096
@@ -169,14 +170,16 @@ def materialise(module: nn.Module, prefix: str, mesh: Mesh, seed: int, dtype: to
     """Replace the meta parameters of `module` (not yet under FSDP) by initial values on the mesh's device."""
     for name, parameter, part in list(named_parts(module)):
         assert isinstance(parameter, DTensor)
-        entries = [
-            initial_values(part, key, seed, mesh.tp_rank, mesh.tp_size) for key in part.entry_names(prefix + name)
-        ]
-        values = torch.stack(entries) if part.entries else entries[0]
-        local = values.to(device=mesh.device, dtype=dtype)
+        local = initial_shard(part, prefix + name, mesh, seed).to(dtype)
         owner, leaf = _owner(module, name)
         value = DTensor.from_local(local, mesh.tp, parameter.placements, run_check=False)
         setattr(owner, leaf, nn.Parameter(value))
+
+
+def initial_shard(part: Part, name: str, mesh: Mesh, seed: int) -> Tensor:
+    """This rank's tensor-parallel shard of a whole part, banks stacked, on the mesh's device."""
+    entries = [initial_values(part, key, seed, mesh.tp_rank, mesh.tp_size) for key in part.entry_names(name)]
+    return (torch.stack(entries) if part.entries else entries[0]).to(mesh.device)
 
 
 def _owner(module: nn.Module, name: str) -> tuple[nn.Module, str]:
@@ -191,8 +194,9 @@ def local(parameter: Tensor, partial: bool = False) -> Tensor:
         partial: the parameter is replicated over tp but each rank sees only its own tokens (sequence parallelism), so
             its gradient is a partial sum. Forgetting this is silently wrong.
     """
-    if not isinstance(parameter, DTensor):
-        return parameter
+    if not isinstance(parameter, DTensor):  # an engine that shards by itself (DeepSpeed) took it out of its DTensor
+        group = getattr(parameter, "sum_group", None)
+        return parameter if group is None or not partial else sum_gradient(parameter, group)
     if partial:
         return parameter.to_local(grad_placements=[Partial() if p.is_replicate() else p for p in parameter.placements])
     return parameter.to_local()

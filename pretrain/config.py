@@ -12,11 +12,16 @@ from pathlib import Path
 from typing import Any, Literal
 
 import pydantic
+import torch
 import yaml
 
+from ..checkpoints.rules import KeepRules
 from ..data.stream import StreamConfig
+from ..parallel.engines.deepspeed import DeepSpeedConfig
 from ..parallel.mesh import ContextConfig, MeshConfig
 from ..parallel.model import ModelConfig
+from ..parallel.pipeline.config import PipelineConfig
+from ..parallel.recompute import RecomputeConfig
 from .errors import ConfigError
 from .health.config import HealthConfig
 from .optim import OptimConfig
@@ -36,6 +41,11 @@ class TrainConfig:
         checkpoint_every: steps between checkpoints (0: only at the end); the last step always makes one.
         keep: how many checkpoints to keep (0: all).
         keep_every: checkpoints at multiples of this many steps are kept for ever (0: none).
+        async_checkpoint: write checkpoints in the background, from a copy of the state in host memory; a step waits
+            only for the copy.
+        local_folder: a folder on a fast disk of each machine; there every rank also keeps its own part of the newest
+            states, every `local_every` steps, from which a run on the same mesh resumes when it is newer.
+        local_every: steps between them (0: none).
         device: `auto` takes CUDA where there is one.
         timeout: seconds after which a collective that some rank never joined stops the run.
     """
@@ -45,10 +55,33 @@ class TrainConfig:
     checkpoint_every: int = 1000
     keep: int = 2
     keep_every: int = 0
+    async_checkpoint: bool = True
+    local_folder: str = ""
+    local_every: int = 0
     device: Literal["auto", "cpu", "cuda"] = "auto"
     timeout: float = 600.0
 
     __pydantic_config__ = {"extra": "forbid"}
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """Of forward and backward."""
+        return torch.bfloat16 if self.precision == "bfloat16" else torch.float32
+
+    def keep_rules(self) -> KeepRules:
+        """What of it the checkpoints room wants to know.
+
+        Raises:
+            CheckpointError: values that cannot be.
+        """
+        return KeepRules(
+            self.checkpoint_every,
+            self.keep,
+            self.keep_every,
+            self.async_checkpoint,
+            self.local_folder,
+            self.local_every,
+        )
 
 
 @dataclass(frozen=True)
@@ -77,6 +110,7 @@ class RunConfig:
     Attributes:
         name, folder: of the run; the folder receives configuration, metrics, checkpoints and pictures.
         seed: of the initial weights (the data has its own).
+        engine: what shards over the data-parallel ranks; `deepspeed` takes its own section.
     """
 
     name: str
@@ -86,6 +120,10 @@ class RunConfig:
     seed: int = 0
     mesh: MeshConfig = field(default_factory=MeshConfig)
     context: ContextConfig = field(default_factory=ContextConfig)
+    pipeline: PipelineConfig = field(default_factory=PipelineConfig)
+    recompute: RecomputeConfig = field(default_factory=RecomputeConfig)
+    engine: Literal["fsdp2", "deepspeed"] = "fsdp2"
+    deepspeed: DeepSpeedConfig = field(default_factory=DeepSpeedConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)

@@ -56,8 +56,9 @@ class OptimConfig:
         return floor + (1 - floor) * (1 + math.cos(math.pi * progress)) / 2
 
 
-def build_optimizer(config: OptimConfig, model: HybridModel) -> torch.optim.AdamW:
-    """AdamW over the sharded parameters; `lr` is set before each step from `OptimConfig.factor`."""
-    decayed, plain = decay_groups(model)
+def build_optimizer(config: OptimConfig, *models: HybridModel) -> torch.optim.AdamW:
+    """AdamW over the sharded parameters of this rank; `lr` is set before each step from `OptimConfig.factor`."""
+    both = [decay_groups(model) for model in models]
+    decayed, plain = ([p for groups in both for p in groups[i]] for i in (0, 1))
     groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": plain, "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps, fused=True)

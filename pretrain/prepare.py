@@ -10,18 +10,20 @@ from ..data import mock
 from ..data.dataset import Dataset
 from ..data.stream import Stream
 from ..parallel.context import cut_tokens
+from ..parallel.pipeline.config import check_split_backward, cut_stages, layer_costs
+from ..parallel.pipeline.stage import Stage
 from .config import CONFIG_FILE, RunConfig, differing_keys, load_config, to_yaml
 from .errors import ConfigError
 
 # What may change between the runs that share a folder: where and how long it trains, not what is trained on what.
 READING = ("data.micro_batch", "data.workers", "data.prefetch", "data.stall_seconds", "data.path")
-FREE_KEYS = ("mesh.", "context.", "train.", "tracking.", "health.", "name", "folder", *READING)
+PLAN = ("mesh.", "context.", "pipeline.", "recompute.", "engine", "deepspeed.")
+FREE_KEYS = (*PLAN, "train.", "tracking.", "health.", "name", "folder", *READING)
 
 
 def n_processes(config: RunConfig) -> int:
     """The processes that the mesh asks for; `dp_shard: -1` alone means 1 unless a launcher has decided."""
-    mesh = config.mesh
-    return int(os.environ.get("WORLD_SIZE", mesh.tp * mesh.cp * mesh.dp_replicate * max(1, mesh.dp_shard)))
+    return int(os.environ.get("WORLD_SIZE", config.mesh.n_processes))
 
 
 def check_run(config: RunConfig, world_size: int) -> None:
@@ -40,8 +42,26 @@ def check_run(config: RunConfig, world_size: int) -> None:
         raise ConfigError(f"tracking.peak_tflops: must not be negative, not {config.tracking.peak_tflops}")
     if config.train.steps < 1:
         raise ConfigError(f"train.steps: must be at least 1, not {config.train.steps}")
+    config.train.keep_rules()
     config.model.check_context(mesh, config.context)
     cut_tokens(config.data.micro_batch * config.data.seq_len, mesh.cp, mesh.tp, config.context.order)
+    if config.engine == "deepspeed":
+        config.deepspeed.check(mesh, config.train.compute_dtype)
+    if mesh.pp > 1:
+        stages_of(config, mesh.pp)
+        check_split_backward(config.model, config.pipeline, config.recompute)
+        rows = config.data.global_batch // (mesh.dp_replicate * mesh.dp_shard)
+        config.pipeline.check_micro_batches(rows // config.data.micro_batch, mesh.pp)
+
+
+def stages_of(config: RunConfig, pp: int) -> tuple[Stage, ...]:
+    """All pipeline stages of the run, cut by cost where neither pattern nor configuration says where.
+
+    Raises:
+        PlanError: see `cut_stages`.
+    """
+    costs = layer_costs(config.model, config.data.seq_len / 2)
+    return cut_stages(config.model, config.pipeline, pp, costs)
 
 
 def open_data(config: RunConfig) -> Dataset | mock.MockDataset:

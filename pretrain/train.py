@@ -5,25 +5,30 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import importlib.util
+import json
 import os
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from ..checkpoints.manifest import newest_checkpoint
-from ..checkpoints.sharded import load_checkpoint, save_checkpoint
+from ..checkpoints.keeper import Keeper
+from ..checkpoints.manifest import hash_config
 from ..data.stream import Step, Stream
-from ..parallel.engines.base import Engine
+from ..parallel.engines.base import Engine, Objective
+from ..parallel.engines.deepspeed import DeepSpeedEngine
 from ..parallel.engines.fsdp import FSDPEngine, build_model
-from ..parallel.kinds.moe import MoE
+from ..parallel.engines.pipeline import PipelineEngine, build_stages
+from ..parallel.kinds.moe import MoE, MoEConfig
 from ..parallel.megatron import preload
 from ..parallel.mesh import Mesh, build_mesh
 from .config import RunConfig, load_config
 from .errors import DivergenceError
+from .health.events import Events
 from .health.guard import Health, Verdict
 from .meter.environment import environment, write_environment
 from .meter.meter import Meter
@@ -33,9 +38,7 @@ from .meter.tracker import Tracker, plot_losses
 from .meter.window import ProfileWindow
 from .objectives.next_token import next_token
 from .optim import build_optimizer
-from .prepare import check_run, open_data, prepare_folder
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+from .prepare import check_run, open_data, prepare_folder, stages_of
 
 
 def train(config: RunConfig) -> None:
@@ -56,16 +59,16 @@ def train(config: RunConfig) -> None:
         prepare_folder(config)
         write_environment(config.path, environs)
     dist.barrier()
-    resumed = newest_checkpoint(config.checkpoints)
+    keeper = open_keeper(config, engine)
+    resumed = keeper.resume()
     if resumed is not None:
-        manifest = load_checkpoint(resumed, engine.models[0], engine.optimizer)
-        stream.load_state_dict(manifest["data"])
-        first, carried = manifest["step"], manifest.get("health", {})
+        stream.load_state_dict(resumed["data"])
+        first, carried = resumed["step"], resumed["data"].get("health", {})
 
     pulse = Pulse()
-    health = Health(config.health, config.path, engine, stream, pulse, config.optim.warmup)
+    health = Health(config.health, config.path, engine, stream, keeper, pulse, config.optim.warmup)
     meter = open_meter(config, engine, pulse, environs["device"])
-    with open_tracker(config, first) as tracker, health, meter:
+    with keeper, open_tracker(config, first) as tracker, health, meter:
         health.resume(first, carried)
         step = first
         while step < config.train.steps:
@@ -73,18 +76,15 @@ def train(config: RunConfig) -> None:
                 pulse.enter("data", step + 1)
                 verdict = Verdict.SKIP
                 if not health.leaves_out(step + 1):
-                    verdict = train_step(config, step, engine, stream, health, meter, tracker)
+                    verdict = train_step(config, step, engine, stream, keeper, health, meter, tracker)
                 if verdict is Verdict.ROLL_BACK:
                     step = health.roll_back(step + 1)
                     if tracker is not None:
                         tracker.rewind(step)
                     continue
                 step += 1
-                if is_checkpoint_step(config, step):
-                    pulse.enter("checkpoint")
-                    extra = {"step": step, "data": stream.state_dict(), "health": health.state()}
-                    (model,), keep = engine.models, (config.train.keep, config.train.keep_every)
-                    save_checkpoint(config.checkpoints, model, engine.optimizer, extra, *keep)
+                pulse.enter("checkpoint")
+                keeper.after_step(step, health.state, last=step == config.train.steps)
 
     if tracker is not None and importlib.util.find_spec("matplotlib") and first < config.train.steps:
         plot_losses(config.path, config.model.modalities)
@@ -95,6 +95,7 @@ def train_step(
     step: int,
     engine: Engine,
     stream: Stream,
+    keeper: Keeper,
     health: Health,
     meter: Meter,
     tracker: Tracker | None,
@@ -127,15 +128,49 @@ def train_step(
     imbalance = health.after(step + 1, timing.own)
     if tracker is not None:
         metrics = step_metrics(config, step + 1, data, totals.losses, norm, lr, timing.step, timing.data)
-        metrics |= meter.metrics(data, totals, timing)
+        metrics |= meter.metrics(data, totals, timing) | keeper.times()
         tracker.log(metrics if imbalance is None else metrics | {"seconds/imbalance": imbalance})
     return verdict
 
 
-def build_engine(config: RunConfig, mesh: Mesh) -> Engine:
-    """Model, optimizer and objective of the run, on this rank."""
-    model = build_model(config.model, mesh, seed=config.seed, compute_dtype=DTYPES[config.train.precision])
-    return FSDPEngine(model, build_optimizer(config.optim, model), next_token)
+def build_engine(
+    config: RunConfig, mesh: Mesh, objective: Objective = next_token, dtype: torch.dtype = torch.float32
+) -> Engine:
+    """Model (or this rank's pipeline stages), optimizer and objective of the run; parameters are of `dtype`."""
+    compute = config.train.compute_dtype if dtype == torch.float32 else dtype
+    if config.engine == "deepspeed":
+        adam = config.optim
+        return DeepSpeedEngine(
+            config.model,
+            mesh,
+            objective,
+            config.deepspeed,
+            lr=adam.lr,
+            betas=(adam.beta1, adam.beta2),
+            eps=adam.eps,
+            weight_decay=adam.weight_decay,
+            seed=config.seed,
+            compute_dtype=compute,
+            recompute=config.recompute,
+        )
+    options: dict[str, Any] = {"seed": config.seed, "dtype": dtype, "compute_dtype": compute}
+    options["recompute"] = config.recompute
+    if mesh.pp_size == 1:
+        model = build_model(config.model, mesh, **options)
+        return FSDPEngine(model, build_optimizer(config.optim, model), objective)
+    stages = stages_of(config, mesh.pp_size)
+    models = build_stages(config.model, mesh, config.pipeline, stages, **options)
+    optimizer = build_optimizer(config.optim, *models)
+    return PipelineEngine(models, optimizer, objective, config.pipeline, compute, config.recompute)
+
+
+def open_keeper(config: RunConfig, engine: Engine) -> Keeper:
+    """What saves the run and finds where it stopped; every checkpoint carries the resolved configuration."""
+    values = json.loads(json.dumps(dataclasses.asdict(config)))
+    facts = {"config": values, "config_hash": hash_config(values)}
+    report = partial(Events(config.path, dist.get_rank()).tell, "checkpoint")
+    rules = config.train.keep_rules()
+    return Keeper(config.checkpoints, engine.models, engine.optimizer, rules, facts=facts, report=report)
 
 
 @contextlib.contextmanager
@@ -170,14 +205,27 @@ def check_agreement(step: int, digest: str) -> None:
 
 
 def balance_experts(engine: Engine) -> None:
-    """Loss-free balancing: one all-reduce of all layers' loads, then each layer moves its selection biases."""
-    layers = [module for model in engine.models for module in model.modules() if isinstance(module, MoE)]
-    if not layers:
+    """Loss-free balancing: one all-reduce of all layers' loads, then each layer moves its selection biases.
+
+    Every rank contributes a table of all expert layers of the model, filled where its own pipeline stages are.
+    """
+    config = engine.models[0].config
+    layers = {index: config.layer(index)[1] for index in range(len(config.symbols))}
+    experts = {index: layer.n_experts for index, layer in layers.items() if isinstance(layer, MoEConfig)}
+    if not experts:
         return
-    loads = torch.stack([layer.load for layer in layers])
-    dist.all_reduce(loads)
-    for layer, load in zip(layers, loads / engine.mesh.tp_size, strict=True):
-        layer.balance(load)
+    table = torch.zeros(sum(experts.values()), device=engine.mesh.device)
+    loads = dict(zip(experts, table.split(list(experts.values())), strict=True))
+    mine: dict[int, MoE] = {}
+    for name, block in (item for model in engine.models for item in model.layers.items()):
+        mixer = block.get_submodule("mixer")
+        if isinstance(mixer, MoE):
+            mine[int(name)] = mixer
+    for index, layer in mine.items():
+        loads[index].copy_(layer.load)
+    dist.all_reduce(table)
+    for index, layer in mine.items():
+        layer.balance(loads[index] / engine.mesh.tp_size)
 
 
 def forget_loads(engine: Engine) -> None:
@@ -193,11 +241,6 @@ def open_meter(config: RunConfig, engine: Engine, pulse: Pulse, device_name: str
     peak = peak_flops(device_name, config.train.precision, config.tracking.peak_tflops)
     window = ProfileWindow(config.path, engine.mesh.device)
     return Meter(config.model, engine, pulse, window, config.data.global_batch * config.data.seq_len, peak)
-
-
-def is_checkpoint_step(config: RunConfig, step: int) -> bool:
-    every = config.train.checkpoint_every
-    return step == config.train.steps or bool(every and step % every == 0)
 
 
 def step_metrics(

@@ -168,9 +168,11 @@ def verification(config: RunConfig, world_size: int) -> RunConfig:
     """The plan to verify: structure and axes as they are, widths tiny, data-parallel axes capped at two.
 
     Raises:
-        ConfigError: more processes than `MAX_PROCESSES` even so.
+        ConfigError: more processes than `MAX_PROCESSES` even so, or an engine without fp64.
         PlanError: the plan itself cannot be built.
     """
+    if config.engine == "deepspeed":
+        raise ConfigError("verify: DeepSpeed has no float64, in which a plan is proven; verify it with engine=fsdp2")
     config.model.check(config.mesh.tp)
     mesh = config.mesh.resolve(world_size) if config.mesh.dp_shard == -1 else config.mesh
     mesh = replace(mesh, dp_replicate=min(2, mesh.dp_replicate), dp_shard=min(2, mesh.dp_shard))

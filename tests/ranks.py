@@ -31,25 +31,47 @@ def run_ranks(world_size: int, function: Callable[..., Any], *args: Any, timeout
     Raises:
         AssertionError: a rank failed (its traceback), or the case took longer than `timeout` seconds.
     """
-    context = mp.get_context("forkserver")
-    context.set_forkserver_preload(PRELOAD)
-    installed = function.__module__.startswith("polylepis.")
-    file, name = function.__module__ if installed else function.__code__.co_filename, function.__name__
-    with tempfile.TemporaryDirectory() as store:
-        pipes, processes = [], []
+    with Ranks(world_size, function, *args) as ranks:
+        return ranks.results(timeout)
+
+
+class Ranks:
+    """Ranks that are running; leaving the context kills what is left of them. `run_ranks` is the plain case."""
+
+    def __init__(self, world_size: int, function: Callable[..., Any], *args: Any) -> None:
+        context = mp.get_context("forkserver")
+        context.set_forkserver_preload(PRELOAD)
+        installed = function.__module__.startswith("polylepis.")
+        file, name = function.__module__ if installed else function.__code__.co_filename, function.__name__
+        self._store = tempfile.TemporaryDirectory()
+        self._pipes: list[Connection] = []
+        self.processes: list[Any] = []
         for rank in range(world_size):
             ours, theirs = context.Pipe()
-            process = context.Process(target=_rank, args=(rank, world_size, store, file, name, args, theirs))
+            values = (rank, world_size, self._store.name, file, name, args, theirs)
+            process = context.Process(target=_rank, args=values)
             process.start()
             theirs.close()
-            pipes.append(ours)
-            processes.append(process)
-        try:
-            return _collect(pipes, timeout)
-        finally:
-            for process in processes:
-                process.kill()
-                process.join()
+            self._pipes.append(ours)  # type: ignore[arg-type]
+            self.processes.append(process)
+
+    def results(self, timeout: float = 120) -> list[Any]:
+        """What the ranks return; see `run_ranks`."""
+        return _collect(self._pipes, timeout)
+
+    def kill(self) -> None:
+        """SIGKILL to every rank, as a node that loses power."""
+        for process in self.processes:
+            process.kill()
+        for process in self.processes:
+            process.join()
+
+    def __enter__(self) -> Ranks:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.kill()
+        self._store.cleanup()
 
 
 def _collect(pipes: list[Connection], timeout: float) -> list[Any]:

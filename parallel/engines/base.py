@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Protocol
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
+from ..layout import Layout
 from ..mesh import Mesh
 from ..model import HybridModel
 
@@ -27,8 +28,64 @@ class Output(Protocol):
     def sums(self) -> Tensor: ...
 
 
+class Prepared(Protocol):
+    """A micro-batch on this rank's device, ready for the model.
+
+    Attributes:
+        tokens, labels: int64 [T/cp].
+        layout: documents and modalities of the tokens.
+    """
+
+    @property
+    def tokens(self) -> Tensor: ...
+
+    @property
+    def labels(self) -> Tensor: ...
+
+    @property
+    def layout(self) -> Layout: ...
+
+    def finish(self, ce_T: Tensor) -> Output:
+        """The loss, given the model's cross-entropy of each token."""
+        ...
+
+
 Batch = Mapping[str, Tensor]
-Objective = Callable[[HybridModel, Batch, float], Output]
+
+
+class Objective(Protocol):
+    """What is trained for. In two halves, because pipeline stages run the model between them."""
+
+    def prepare(self, batch: Batch, mesh: Mesh, n_modalities: int, total_weight: float) -> Prepared:
+        """
+        Args:
+            batch: CPU tensors of the batch contract.
+            total_weight: W, Σ of loss weights over the *global* batch.
+        """
+        ...
+
+    def __call__(self, model: HybridModel, batch: Batch, total_weight: float) -> Output:
+        """Both halves with a whole model between them."""
+        ...
+
+
+@runtime_checkable
+class Elsewhere(Protocol):
+    """An optimizer whose state, and the weights' fp32 copy, do not lie in the parameters (ZeRO's partitions)."""
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]: ...
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Copies of all logical tensors of a checkpoint; all ranks call it."""
+        ...
+
+    def take(self, tensors: Mapping[str, Tensor]) -> None:
+        """Write back what has been filled into the result of `tensors`; all ranks call it."""
+        ...
+
+
+Optimizer = torch.optim.Optimizer | Elsewhere
 
 
 class Engine(Protocol):
@@ -42,7 +99,9 @@ class Engine(Protocol):
 
     mesh: Mesh
     models: tuple[HybridModel, ...]
-    optimizer: torch.optim.Optimizer
+
+    @property
+    def optimizer(self) -> Optimizer: ...
 
     def accumulate(self, batches: Sequence[Batch], total_weight: float) -> Tensor:
         """Forward and backward of this rank's micro-batches of one step; gradients wait for `update`.

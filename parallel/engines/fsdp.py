@@ -19,6 +19,8 @@ from ..errors import PlanError
 from ..mesh import Mesh
 from ..model import HybridModel, ModelConfig
 from ..parts import fsdp_placement, materialise, named_parts
+from ..pipeline.stage import Stage
+from ..recompute import RecomputeConfig
 from .base import Batch, Objective
 
 
@@ -29,8 +31,13 @@ def build_model(
     seed: int = 0,
     dtype: torch.dtype = torch.float32,
     compute_dtype: torch.dtype | None = None,
+    stage: Stage | None = None,
+    recompute: RecomputeConfig | None = None,
 ) -> HybridModel:
     """The model on its mesh: initial weights that depend on (seed, name) only, sharded layer by layer.
+
+    A pipeline stage stays gathered from its first forward to the last backward of a step: schedules that split the
+    backward are silently wrong with anything else.
 
     Args:
         config: the model.
@@ -38,11 +45,13 @@ def build_model(
         seed: of the initial weights.
         dtype: of parameters, gradients and optimizer state.
         compute_dtype: of forward and backward (bfloat16, say); gradients are still reduced in `dtype`.
+        stage: the layers to build, None for all.
+        recompute: what the backward computes again instead of keeping.
 
     Raises:
         PlanError: sizes that do not divide over the mesh.
     """
-    model = HybridModel(config, mesh)
+    model = HybridModel(config, mesh, stage, recompute)
     _check_banks(model, mesh)
     policy = MixedPrecisionPolicy()
     if compute_dtype not in (None, dtype):
@@ -54,7 +63,8 @@ def build_model(
             owner._buffers[name.rpartition(".")[2]] = buffer.to(mesh.device)
         _shard(block, mesh, policy)
     for name in ("embed", "final_norm", "lm_head"):
-        materialise(model.get_submodule(name), f"{name}.", mesh, seed, dtype)
+        if hasattr(model, name):
+            materialise(model.get_submodule(name), f"{name}.", mesh, seed, dtype)
     _shard(model, mesh, policy)
     for module in model.modules():
         if isinstance(module, FSDPModule):
@@ -66,7 +76,10 @@ def build_model(
 def _shard(module: nn.Module, mesh: Mesh, policy: MixedPrecisionPolicy) -> None:
     """Also over one rank: an unwrapped replicated weight would keep a partial gradient after sequence parallelism."""
     placement = fsdp_placement(module)
-    fully_shard(module, mesh=mesh.fsdp, mp_policy=policy, shard_placement_fn=placement.get)
+    reshard = False if mesh.pp_size > 1 else None
+    fully_shard(
+        module, mesh=mesh.fsdp, mp_policy=policy, shard_placement_fn=placement.get, reshard_after_forward=reshard
+    )
 
 
 def _check_banks(model: HybridModel, mesh: Mesh) -> None:
@@ -88,10 +101,13 @@ def decay_groups(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Paramete
 
 
 @torch.no_grad()
-def gradient_norm(parameters: Iterable[nn.Parameter]) -> float:
+def gradient_norm(parameters: Iterable[nn.Parameter], pp_size: int = 1) -> float:
     """The 2-norm of the whole gradient: local squares weighted by replication, one all-reduce over the world.
 
     `torch.nn.utils.get_total_norm` refuses parameters on different meshes; this works on any.
+
+    Args:
+        parameters: of this rank's stages; each lies on the ranks of its stage, one in `pp_size` of the world.
     """
     total: Tensor | None = None
     for parameter in parameters:
@@ -104,7 +120,7 @@ def gradient_norm(parameters: Iterable[nn.Parameter]) -> float:
         )
         local_grad = grad.to_local()
         wide = torch.promote_types(local_grad.dtype, torch.float32)
-        square = local_grad.to(wide).square().sum() * (shards / dist.get_world_size())
+        square = local_grad.to(wide).square().sum() * (shards * pp_size / dist.get_world_size())
         total = square if total is None else total + square
     if total is None:
         return 0.0
@@ -130,13 +146,14 @@ class FSDPEngine:
         (model,) = self.models
         sums = torch.zeros(len(model.config.modalities), device=self.mesh.device)
         for batch in batches:
-            output = self._objective(model, batch, total_weight)
+            prepared = self._objective.prepare(batch, self.mesh, len(sums), total_weight)
+            output = prepared.finish(model(prepared.tokens, prepared.layout, prepared.labels))
             output.loss.backward()
             sums += output.sums
         return sums
 
     def gradient_norm(self) -> float:
-        return gradient_norm(p for model in self.models for p in model.parameters())
+        return gradient_norm((p for model in self.models for p in model.parameters()), self.mesh.pp_size)
 
     def scale(self, factor: float) -> None:
         scale_gradients((p for model in self.models for p in model.parameters()), factor)

@@ -18,6 +18,7 @@ from ..layout import Layout
 from ..linear import packed_linear
 from ..mesh import Mesh
 from ..parts import Init, Part, local
+from ..recompute import recomputing
 from ..routing import Route, route
 from .base import HFKey, Kind, Mixer, NewTokens, Shape, flat, squared_relu
 
@@ -82,7 +83,7 @@ class MoE(Mixer):
     def forward(self, h_TD: Tensor, layout: Layout) -> Tensor:
         real = (layout.seq_idx[0] >= 0).to(self.load.dtype)
         chosen, weights = self._choose(h_TD)
-        if self.training:
+        if self.training and not recomputing():
             with torch.no_grad():  # padding is routed like everything else, but it is nobody's load
                 self.load.index_add_(0, chosen.reshape(-1), real.repeat_interleave(self.config.top_k))
         return self._mix(h_TD, chosen, weights, layout.modality)

@@ -12,6 +12,7 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor
 
+from ...checkpoints.keeper import Keeper
 from ...data.stream import Step, Stream
 from ...parallel.engines.base import Engine
 from ..errors import HealthError
@@ -44,6 +45,7 @@ class Health:
         config: the guards.
         run: the run folder.
         engine, stream: what is guarded.
+        keeper: of its checkpoints.
         pulse: what the loop is doing.
         warmup: steps of learning-rate warm-up.
         planned: the planner's expectation of this rank's memory, in bytes by part.
@@ -55,6 +57,7 @@ class Health:
         run: Path,
         engine: Engine,
         stream: Stream,
+        keeper: Keeper,
         pulse: Pulse,
         warmup: int,
         planned: Mapping[str, Any] | None = None,
@@ -65,7 +68,7 @@ class Health:
         self.ledger = Ledger(run)
         self.stragglers = Stragglers(config)
         self._spikes = SpikeDetector(config, warmup)
-        self._rollback = Rollback(engine, stream, run / "checkpoints")
+        self._rollback, self._keeper = Rollback(engine, stream, keeper), keeper
         self._watchdog = Watchdog(config, run, dist.get_rank(), dist.get_world_size(), pulse, self.events)
         self._bad_streak = 0
         self._offending: tuple[int, int] = (0, 0)
@@ -80,8 +83,9 @@ class Health:
             self._keep(first)
 
     def state(self) -> dict[str, Any]:
-        """JSON values for a checkpoint."""
-        return {"skipped": self.ledger.as_list(), "spikes": self._spikes.state_dict()}
+        """JSON values for a checkpoint: the position in the data, what is left out of them, and what has been seen."""
+        known = {"skipped": self.ledger.as_list(), "spikes": self._spikes.state_dict()}
+        return self.stream.state_dict() | {"health": known}
 
     def __enter__(self) -> Health:
         if self.config.hang != "off":
@@ -184,8 +188,8 @@ class Health:
         fresh = [p for p in range(first, last + 1) if p not in self.ledger]
         listed = [Entry(p, "spike", self._digests.get(p, ""), step) for p in fresh]
         self.ledger.add(listed)  # before a later checkpoint goes: it is what makes going on from there right
-        set_aside = self._rollback.set_aside(back)
-        self._spikes.load_state_dict(state.get("spikes", {}))
+        set_aside = self._keeper.set_aside(back)
+        self._spikes.load_state_dict(state.get("health", {}).get("spikes", {}))
         self.stragglers = Stragglers(self.config)
         details = {"to": back, "from": where, "positions": [entry.position for entry in listed], "set_aside": set_aside}
         message = f"rolled back to step {back} ({where}); batches {first} to {last} are left out"

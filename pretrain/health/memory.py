@@ -33,7 +33,8 @@ def state_bytes(engine: Engine) -> dict[str, int]:
         return local.numel() * local.element_size() if isinstance(local, torch.Tensor) else 0
 
     parameters = [p for model in engine.models for p in model.parameters()]
-    states = [engine.optimizer.state.get(p, {}) for p in parameters]
+    kept = engine.optimizer.state if isinstance(engine.optimizer, torch.optim.Optimizer) else {}  # else: elsewhere
+    states = [kept.get(p, {}) for p in parameters]
     return {
         "parameters": sum(map(size, parameters)),
         "gradients": sum(size(p.grad) for p in parameters if p.grad is not None),

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
 
 from ...parallel.engines.base import Engine
 
@@ -61,7 +62,7 @@ def replicated(engine: Engine) -> Iterator[Replicated]:
         for name, parameter in model.named_parameters():
             if not isinstance(parameter, DTensor):
                 continue
-            state = engine.optimizer.state.get(parameter, {})
+            state = engine.optimizer.state.get(parameter, {}) if isinstance(engine.optimizer, Optimizer) else {}
             tensors = {name: parameter, **{f"{k} of {name}": v for k, v in state.items() if isinstance(v, DTensor)}}
             for label, value in tensors.items():
                 for dim, placement in enumerate(value.placements):

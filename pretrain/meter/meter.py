@@ -20,6 +20,7 @@ from ...parallel.engines.base import Engine
 from ...parallel.layout import Layout
 from ...parallel.model import HybridModel, ModelConfig, flops_per_token
 from ...parallel.parts import named_parts
+from ...parallel.recompute import recomputing
 from .pulse import Pulse
 from .sampler import Sampler
 from .window import ProfileWindow
@@ -208,7 +209,7 @@ class ExpertLoads:
         def count(mixer: Any, arguments: tuple[Any, ...], output: Any) -> None:
             layout = arguments[1]
             assert isinstance(layout, Layout)
-            if not mixer.training or not torch.is_grad_enabled():
+            if not mixer.training or recomputing():
                 return
             _, _, experts = self.shape
             chosen = mixer.chosen

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ...parallel.layout import Layout
+from ...parallel.mesh import Mesh
 from ...parallel.model import HybridModel
 
 
@@ -37,22 +38,53 @@ def has_label(batch: Mapping[str, Tensor]) -> Tensor:
     return result
 
 
-def next_token(model: HybridModel, batch: Mapping[str, Tensor], total_weight: float) -> ObjectiveOutput:
-    """Cross-entropy of one micro-batch.
+@dataclass(frozen=True)
+class PreparedTokens:
+    """A micro-batch on the device; all of it [T/cp], this context rank's tokens.
 
-    Args:
-        model: gives the cross-entropy of each token.
-        batch: the batch contract, CPU tensors [mbs, S].
-        total_weight: W, Σ of loss weights over the *global* batch; every reduction afterwards is a sum.
+    Attributes:
+        tokens, labels: int64.
+        weights: float32, the loss weights; `total_weight` is their sum over the global batch.
+        modality: int64, of the label.
+        labelled: bool, whether there is a label, whatever its weight.
+        layout: documents and modalities.
     """
-    device, n_modalities = model.mesh.device, len(model.config.modalities)
-    layout = Layout.from_batch(batch, n_modalities, model.mesh)
-    fields = (batch["tokens"], batch["labels"], batch["loss_weight"], label_modalities(batch), has_label(batch))
-    tokens, labels, weights, modality, labelled = (
-        layout.mine(field.reshape(-1)).to(device, non_blocking=True) for field in fields
-    )
-    ce = model(tokens, layout, labels)
-    loss = (ce * weights).sum() / total_weight
-    counted = ce.detach() * labelled
-    sums = torch.zeros(n_modalities, dtype=ce.dtype, device=device).index_add_(0, modality, counted)
-    return ObjectiveOutput(loss, sums)
+
+    tokens: Tensor
+    labels: Tensor
+    weights: Tensor
+    modality: Tensor
+    labelled: Tensor
+    layout: Layout
+    n_modalities: int
+    total_weight: float
+
+    def finish(self, ce_T: Tensor) -> ObjectiveOutput:
+        """Loss and sums, given each token's cross-entropy."""
+        loss = (ce_T * self.weights).sum() / self.total_weight
+        counted = ce_T.detach() * self.labelled
+        sums = torch.zeros(self.n_modalities, dtype=ce_T.dtype, device=ce_T.device)
+        return ObjectiveOutput(loss, sums.index_add_(0, self.modality, counted))
+
+
+class NextToken:
+    """Cross-entropy of the next token; see `Objective`."""
+
+    def prepare(
+        self, batch: Mapping[str, Tensor], mesh: Mesh, n_modalities: int, total_weight: float
+    ) -> PreparedTokens:
+        """Move one micro-batch (the batch contract, CPU tensors [mbs, S]) to this rank's device, flat."""
+        layout = Layout.from_batch(batch, n_modalities, mesh)
+        fields = (batch["tokens"], batch["labels"], batch["loss_weight"], label_modalities(batch), has_label(batch))
+        tokens, labels, weights, modality, labelled = (
+            layout.mine(field.reshape(-1)).to(mesh.device, non_blocking=True) for field in fields
+        )
+        return PreparedTokens(tokens, labels, weights, modality, labelled, layout, n_modalities, total_weight)
+
+    def __call__(self, model: HybridModel, batch: Mapping[str, Tensor], total_weight: float) -> ObjectiveOutput:
+        """One micro-batch through a whole model; total_weight is Σ of loss weights over the *global* batch."""
+        ready = self.prepare(batch, model.mesh, len(model.config.modalities), total_weight)
+        return ready.finish(model(ready.tokens, ready.layout, ready.labels))
+
+
+next_token = NextToken()

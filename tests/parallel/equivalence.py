@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -13,7 +15,7 @@ from polylepis.checkpoints.sharded import model_tensors
 from polylepis.parallel.engines.fsdp import build_model, gradient_norm
 from polylepis.parallel.layout import Layout
 from polylepis.parallel.mesh import ContextConfig, MeshConfig, build_mesh, init_process_group
-from polylepis.parallel.model import ModelConfig
+from polylepis.parallel.model import HybridModel, ModelConfig
 from polylepis.parallel.parts import named_parts, split_bank
 from reference import reference_loss
 from toys import toy_batch
@@ -22,9 +24,10 @@ DOCUMENTS = [[[13, 1, 9], [20]], [[24], [5, 18]], [[2, 2, 2, 2], [11, 12]], [[7]
 SEQ_LEN = 24
 
 
-def batches(absent: tuple[int, ...] = ()) -> list[dict[str, Tensor]]:
-    """Four micro-batches; `absent` modalities are missing from the second and third."""
-    return [toy_batch(docs, SEQ_LEN, seed, absent if seed in (1, 2) else ()) for seed, docs in enumerate(DOCUMENTS)]
+def batches(absent: tuple[int, ...] = (), count: int = len(DOCUMENTS)) -> list[dict[str, Tensor]]:
+    """Micro-batches; `absent` modalities are missing from the second and third."""
+    documents = itertools.islice(itertools.cycle(DOCUMENTS), count)
+    return [toy_batch(docs, SEQ_LEN, seed, absent if seed in (1, 2) else ()) for seed, docs in enumerate(documents)]
 
 
 def gradients(
@@ -33,12 +36,13 @@ def gradients(
     dtype: torch.dtype,
     absent: tuple[int, ...],
     context: ContextConfig | None = None,
+    count: int = len(DOCUMENTS),
 ) -> tuple[float, float, dict[str, Tensor]]:
     """Loss, gradient norm and whole gradients of one step over all micro-batches, split over data-parallel ranks."""
     mesh = build_mesh(mesh_config, "cpu", context)
     model = build_model(config, mesh, seed=3, dtype=dtype)
-    mine = batches(absent)[mesh.dp_rank :: mesh.dp_size]
-    total = sum(float(b["loss_weight"].double().sum()) for b in batches(absent))
+    mine = batches(absent, count)[mesh.dp_rank :: mesh.dp_size]
+    total = sum(float(b["loss_weight"].double().sum()) for b in batches(absent, count))
     loss = torch.zeros((), dtype=torch.float64)
     for batch in mine:
         layout = Layout.from_batch(batch, 3, mesh)
@@ -47,13 +51,18 @@ def gradients(
         part.backward()
         loss += part.detach().double()
     dist.all_reduce(loss)
+    return float(loss) / mesh.tp_size, gradient_norm(model.parameters()), whole_gradients([model])
+
+
+def whole_gradients(models: Iterable[HybridModel]) -> dict[str, Tensor]:
+    """The gradients of this rank's stages, gathered over the stage's ranks."""
     grads: dict[str, Tensor] = {}
-    for name, parameter, spec in named_parts(model):
+    for name, parameter, spec in (part for model in models for part in named_parts(model)):
         assert isinstance(parameter.grad, DTensor), name
         for key, entry in split_bank(parameter.grad, spec, name).items():
             assert isinstance(entry, DTensor)
             grads[key] = entry.full_tensor()
-    return float(loss) / mesh.tp_size, gradient_norm(model.parameters()), grads
+    return grads
 
 
 def oracle(config: ModelConfig, absent: tuple[int, ...]) -> tuple[float, float, dict[str, Tensor]]:
@@ -86,6 +95,8 @@ def assert_equal_gradients(actual: Any, expected: Any, tolerance: float) -> None
             assert difference / scale <= tolerance, f"{name}: {difference / scale:.1e}"
 
 
-def gradients_alone(config: ModelConfig, dtype: torch.dtype, absent: tuple[int, ...] = ()) -> Any:
+def gradients_alone(
+    config: ModelConfig, dtype: torch.dtype, absent: tuple[int, ...] = (), count: int = len(DOCUMENTS)
+) -> Any:
     init_process_group("cpu")
-    return gradients(config, MeshConfig(), dtype, absent)
+    return gradients(config, MeshConfig(), dtype, absent, None, count)

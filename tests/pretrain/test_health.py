@@ -50,9 +50,9 @@ def assert_same_end(a: Path, b: Path) -> None:
     assert [name for name in theirs if not torch.equal(ours[name], theirs[name])] == []
     manifests = [read_manifest(newest_checkpoint(f / "checkpoints")) for f in (a, b)]  # type: ignore[arg-type]
     assert manifests[0]["data"] == manifests[1]["data"]
-    positions = [[entry["position"] for entry in m["health"]["skipped"]] for m in manifests]
+    positions = [[entry["position"] for entry in m["data"]["health"]["skipped"]] for m in manifests]
     assert positions[0] == positions[1]
-    assert manifests[0]["health"]["spikes"] == manifests[1]["health"]["spikes"]
+    assert manifests[0]["data"]["health"]["spikes"] == manifests[1]["data"]["health"]["spikes"]
 
 
 def messages(folder: Path) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,8 @@ import torch.distributed as dist
 
 from polylepis.checkpoints.manifest import newest_checkpoint, read_manifest
 from polylepis.checkpoints.sharded import read_tensors
-from polylepis.parallel.mesh import ContextConfig
+from polylepis.parallel.engines.deepspeed import DeepSpeedConfig
+from polylepis.parallel.mesh import ContextConfig, MeshConfig
 from polylepis.pretrain.config import RunConfig, load_config, recipe_names
 from polylepis.pretrain.errors import ConfigError
 from polylepis.pretrain.meter.tracker import Tracker, plot_losses, read_metrics
@@ -65,6 +67,29 @@ def test_checkpoint_continues_on_another_mesh(tmp_path: Path) -> None:
     lines = [{line["step"]: line["loss"] for line in read_metrics(folder)} for folder in (a, b)]
     for step in (3, 4):
         assert lines[1][step] == pytest.approx(lines[0][step], rel=1e-5)
+
+
+def test_deepspeed_resumes_to_the_bit_and_reads_what_fsdp_wrote(tmp_path: Path) -> None:
+    """ZeRO 2 on tp 2, interrupted; then the same checkpoint under ZeRO 3 on two data-parallel ranks, and FSDP2."""
+    pytest.importorskip("deepspeed")
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    second = replace(small(whole, 4, checkpoint_every=2, keep=0), engine="deepspeed")
+    run_ranks(2, train, second)
+    (parts / "checkpoints").mkdir(parents=True)
+    shutil.copytree(whole / "checkpoints" / "step-00000002", parts / "checkpoints" / "step-00000002")
+    run_ranks(2, train, replace(second, folder=str(parts)))
+    expected, actual = everything(whole), everything(parts)
+    assert [name for name in expected if not torch.equal(actual[name], expected[name])] == []
+    losses = [line["loss"] for line in read_metrics(whole)]
+    third = DeepSpeedConfig(stage=3, persistent=100)
+    others = {"fsdp2": {"engine": "fsdp2"}, "zero3": {"deepspeed": third, "mesh": MeshConfig(dp_shard=2)}}
+    for name, changes in others.items():
+        folder = tmp_path / name
+        (folder / "checkpoints").mkdir(parents=True)
+        shutil.copytree(whole / "checkpoints" / "step-00000002", folder / "checkpoints" / "step-00000002")
+        data = replace(second.data, micro_batch=1)
+        run_ranks(2, train, replace(second, folder=str(folder), data=data, **changes))
+        assert [line["loss"] for line in read_metrics(folder)] == pytest.approx(losses[2:], rel=2e-5)
 
 
 QUICK = ("quickstart", "mixture-of-mamba-37m", "mamba2-hybrid-800m")

@@ -166,3 +166,8 @@ def test_an_excess_ends_with_exit_code_1(monkeypatch: pytest.MonkeyPatch, capsys
     assert main(["verify", "quickstart"]) == 1
     output = capsys.readouterr().out
     assert "EXCEEDED  layers.0.norm.weight" in output and "NOT EQUAL" in output
+
+
+def test_deepspeed_is_refused_with_what_to_do() -> None:
+    with pytest.raises(ConfigError, match="engine=fsdp2"):
+        verification(replace(load_config("quickstart"), engine="deepspeed"), 2)
