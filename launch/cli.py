@@ -17,6 +17,8 @@ ROOMS = {
     "data": ("polylepis.data.commands", "data", "Build, index, validate and inspect data sets."),
     "convert": ("polylepis.checkpoints.commands", "convert", "Convert a run to Hugging Face format, and verify it."),
     "verify": ("polylepis.pretrain.commands", "verify", "Prove that a parallel plan equals one process, on the CPU."),
+    "report": ("polylepis.pretrain.commands", "report", "Write one self-contained HTML page about a run."),
+    "profile": ("polylepis.pretrain.commands", "profile", "Open a profiler window on a running job."),
     "checkpoint": ("polylepis.checkpoints.commands", "checkpoint", "Inspect, verify, compare and prune checkpoints."),
     "recipes": ("polylepis.pretrain.commands", "recipes", "List and show the recipes of the package."),
 }

@@ -28,7 +28,7 @@ class Events:
         self._began = time.monotonic()
 
     def tell(self, guard: str, kind: str, step: int, message: str, **details: Any) -> None:
-        """Record an event and say it on standard error.
+        """Record an event and, unless it is the run's own start or end, say it on standard error.
 
         Args:
             guard: the part of `HealthConfig` it belongs to, or `run`.
@@ -47,7 +47,8 @@ class Events:
             "message": message,
             **({"details": details} if details else {}),
         }
-        print(f"polylepis: step {step}: {message}", file=sys.stderr, flush=True)
+        if guard != "run":  # starts and ends are said by those who start and end
+            print(f"polylepis: step {step}: {message}", file=sys.stderr, flush=True)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             # One write of one line to a file opened for appending: lines of several ranks do not mix.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 import math
+import socket
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
@@ -81,6 +82,8 @@ class Health:
         self._spikes.load_state_dict(carried.get("spikes", {}))
         if self.config.spike == "act":
             self._keep(first)
+        host, world = socket.gethostname(), dist.get_world_size()
+        self._tell("run", "start", first, f"started on {world} ranks, rank 0 on {host}", world=world, host=host)
 
     def state(self) -> dict[str, Any]:
         """JSON values for a checkpoint: the position in the data, what is left out of them, and what has been seen."""
@@ -98,6 +101,11 @@ class Health:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._watchdog.close()
+        if error is None:
+            self._tell("run", "end", self.pulse.beat.step, "the loop has ended")
+        elif self.events.rank == 0:
+            said = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+            self._tell("run", "stop", self.pulse.beat.step, f"stopped by {said}")
         if error is not None and self.config.memory != "off" and memory.is_out_of_memory(error):
             self._report_memory(error)
 

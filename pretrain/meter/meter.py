@@ -6,6 +6,8 @@ started before the gradient norm, whose reading synchronises, and read after it,
 
 from __future__ import annotations
 
+import resource
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,10 +19,8 @@ from torch.distributed.tensor import DTensor
 
 from ...data.stream import Step
 from ...parallel.engines.base import Engine
-from ...parallel.layout import Layout
-from ...parallel.model import HybridModel, ModelConfig, flops_per_token
+from ...parallel.model import ModelConfig, flops_per_token
 from ...parallel.parts import named_parts
-from ...parallel.recompute import recomputing
 from .pulse import Pulse
 from .sampler import Sampler
 from .window import ProfileWindow
@@ -35,12 +35,10 @@ class Totals:
     Attributes:
         losses: unweighted Σ ℓ per modality.
         norms: 2-norm of the gradient of the parameters that each modality has for itself; nothing where there are none.
-        loads: tokens by layer of experts, modality and expert [layers, modalities, experts]; None without experts.
     """
 
     losses: list[float]
     norms: dict[str, float]
-    loads: Tensor | None
 
     @property
     def loss(self) -> float:
@@ -83,7 +81,6 @@ class Meter:
         self.row_tokens, self.peak_flops = row_tokens, peak_flops
         self.sampler = Sampler()
         self._norms = ModalityNorms(engine, config.modalities)
-        self._loads = ExpertLoads(engine, config)
 
     def __enter__(self) -> Meter:
         self.sampler.start()
@@ -92,7 +89,6 @@ class Meter:
     def __exit__(self, *_: Any) -> None:
         self.sampler.close()
         self.window.close()
-        self._loads.close()
 
     def reduce(self, sums: Tensor) -> Tensor:
         """Start adding up over all ranks; hand the result to `read`.
@@ -101,7 +97,7 @@ class Meter:
             sums: what `engine.accumulate` returned, [modalities].
         """
         tp = self.engine.mesh.tp_size  # every tp rank has counted the same tokens
-        pieces = [sums / tp, self._norms.squares(sums), self._loads.take(sums) / tp]
+        pieces = [sums / tp, self._norms.squares(sums)]
         wanted = torch.tensor([float(self.window.wanted())], device=sums.device)
         vector = torch.cat([*(piece.to(sums.dtype) for piece in pieces), wanted.to(sums.dtype)])
         dist.all_reduce(vector)
@@ -114,8 +110,7 @@ class Meter:
         self.window.agree(round(values[-1]))
         losses, squares = values[:count], values[count : 2 * count]
         norms = {m: square**0.5 for m, square in zip(self.config.modalities, squares, strict=True)}
-        loads = vector[2 * count : -1].cpu().view(self._loads.shape) if self._loads.layers else None
-        return Totals(losses, norms if self._norms.any else {}, loads)
+        return Totals(losses, norms if self._norms.any else {})
 
     def time(self) -> Timing:
         """Seconds of the step that ends now."""
@@ -128,8 +123,6 @@ class Meter:
     def metrics(self, data: Step, totals: Totals, timing: Timing) -> dict[str, float]:
         """What goes into `metrics.jsonl` beside losses; docs/health.md says what each is."""
         values = {f"grad_norm/{name}": norm for name, norm in totals.norms.items()}
-        if totals.loads is not None:
-            values |= imbalances(totals.loads, self.config.modalities)
         tokens = sum(data.tokens.values())
         forward = flops_per_token(self.config, data.attended / max(1, tokens))
         useful = TRAINING * forward * tokens
@@ -143,7 +136,16 @@ class Meter:
         values["seconds/data"] = timing.data
         if self.engine.mesh.device.type == "cpu":  # elsewhere the thread waits for the device, not for collectives
             values["seconds/communication"] = timing.communication
+        values["memory_peak"] = float(measured_peak(self.engine.mesh.device))
+        values["time"] = round(time.time(), 3)  # of the wall clock, for the report alone: it may jump
         return values | {f"seconds/{phase}": value for phase, value in timing.lost.items()}
+
+
+def measured_peak(device: torch.device) -> int:
+    """Most bytes at once so far: allocated on the device, or resident on the host where that is the device."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 class ModalityNorms:
@@ -184,63 +186,3 @@ class ModalityNorms:
         axes = self.engine.mesh.device_mesh
         stages = dict(zip(axes.mesh_dim_names or (), axes.shape, strict=False)).get("pp", 1)
         return shards * stages / dist.get_world_size()
-
-
-class ExpertLoads:
-    """Counts, as layers of experts run, the tokens of each modality that each expert received."""
-
-    def __init__(self, engine: Engine, config: ModelConfig) -> None:
-        symbols = config.symbols
-        self.layers = [index for index, symbol in enumerate(symbols) if symbol == "E"]
-        experts = max((config.layer(index)[1].n_experts for index in self.layers), default=0)
-        self.shape = (len(self.layers), len(config.modalities), experts)
-        self._counts = torch.zeros(self.shape, device=engine.mesh.device)
-        self._handles = [handle for model in engine.models for handle in self._watch(model)]
-
-    def _watch(self, model: HybridModel) -> list[Any]:
-        blocks = {int(name): block for name, block in model.layers.named_children()}
-        return [
-            blocks[index].get_submodule("mixer").register_forward_hook(self._hook(row))
-            for row, index in enumerate(self.layers)
-            if index in blocks
-        ]
-
-    def _hook(self, row: int) -> Any:
-        def count(mixer: Any, arguments: tuple[Any, ...], output: Any) -> None:
-            layout = arguments[1]
-            assert isinstance(layout, Layout)
-            if not mixer.training or recomputing():
-                return
-            _, _, experts = self.shape
-            chosen = mixer.chosen
-            place = layout.modality.ids[:, None] * experts + chosen
-            real = (layout.seq_idx[0] >= 0).to(self._counts.dtype)
-            flat = self._counts[row].view(-1)
-            flat.index_add_(0, place.reshape(-1), real.repeat_interleave(chosen.shape[1]))
-
-        return count
-
-    def take(self, like: Tensor) -> Tensor:
-        """This rank's counts since the last call, flat."""
-        counts = self._counts.to(like.dtype).view(-1).clone()
-        self._counts.zero_()
-        return counts
-
-    def close(self) -> None:
-        for handle in self._handles:
-            handle.remove()
-
-
-def imbalances(loads: Tensor, modalities: Sequence[str]) -> dict[str, float]:
-    """Load of the busiest expert over the mean, in the worst layer: of all tokens, and of each modality's.
-
-    Args:
-        loads: [layers, modalities, experts].
-    """
-
-    def worst(counts: Tensor) -> float:
-        means = counts.mean(-1)
-        return float((counts.amax(-1) / means.clamp(min=1e-9))[means > 0].max()) if bool((means > 0).any()) else 1.0
-
-    values = {"router_load": worst(loads.sum(1))}
-    return values | {f"router_load/{name}": worst(loads[:, i]) for i, name in enumerate(modalities)}

@@ -55,8 +55,13 @@ def assert_same_end(a: Path, b: Path) -> None:
     assert manifests[0]["data"]["health"]["spikes"] == manifests[1]["data"]["health"]["spikes"]
 
 
+def guarded(folder: Path) -> list[dict[str, Any]]:
+    """What guards told; the run's own starts and ends left out."""
+    return [event for event in read_events(folder) if event["guard"] != "run"]
+
+
 def messages(folder: Path) -> list[str]:
-    return [event["message"] for event in read_events(folder)]
+    return [event["message"] for event in guarded(folder)]
 
 
 # ---------------------------------------------------------------- spikes
@@ -183,7 +188,7 @@ def test_a_nan_that_does_not_come_back_is_the_hardware_and_too_many_stop(tmp_pat
     health = HealthConfig(nan_limit=2)
     said = run_ranks(2, train_with, small(tmp_path, 5, health), fault)
     assert said[0] == said[1] and said[0].startswith("HealthError: 2 steps in a row were not finite")
-    first, second = read_events(tmp_path)
+    first, second = guarded(tmp_path)
     assert (
         "found in the gradient of embed.weight on rank 1; it did not come back: suspect the hardware"
         in first["message"]
@@ -371,7 +376,7 @@ def test_the_watchdog_waits_longer_where_that_is_normal(tmp_path: Path) -> None:
 def test_out_of_memory_leaves_a_report_of_the_rank(tmp_path: Path) -> None:
     _, said = run_ranks(2, train_with, small(tmp_path, 3, timeout=5.0), Fault("memory", 1, (1,)))
     assert said.startswith("OutOfMemoryError")
-    (event,) = read_events(tmp_path)
+    (event,) = guarded(tmp_path)
     assert event["rank"] == 1 and event["guard"] == "memory" and "out of memory in phase compute" in event["message"]
     report = json.loads((tmp_path / "health" / "memory-rank-00001.json").read_text())
     assert report["step"] == 2 and report["measured"]["host_peak"] > 0
@@ -406,14 +411,14 @@ def test_a_full_disk_costs_lines_and_never_half_of_one(tiny_disk: Path, capsys: 
     sink.rewind(400)
     assert [line["step"] for line in read_metrics(tiny_disk)][-2:] == [len(kept), 400]
     sink.close(0)
-    events.tell("run", "note", 1, "first")
+    events.tell("hang", "note", 1, "first")
     with contextlib.suppress(OSError), open(filler, "wb", buffering=0) as file:
         while file.write(b"x" * 4096):
             pass
-    events.tell("run", "note", 2, "x" * 9000)  # of which the half that fits is written
+    events.tell("hang", "note", 2, "x" * 9000)  # of which the half that fits is written
     assert events.lost == 1 and "an event could not be written (1 so far)" in capsys.readouterr().err
     filler.unlink()
-    events.tell("run", "note", 3, "last")
+    events.tell("hang", "note", 3, "last")
     assert [event["message"] for event in read_events(tiny_disk)] == ["first", "last"]
 
 
