@@ -50,7 +50,7 @@ def write_report(folder: Path) -> Path:
 def page(facts: Facts) -> str:
     """The whole page."""
     title = escape(f"{facts.config.name}: a report")
-    found = waterfall(facts)
+    found, resolved = waterfall(facts), escape(to_yaml(facts.config))
     sections = [
         _tiles(facts),
         _pictures(facts),
@@ -60,9 +60,7 @@ def page(facts: Facts) -> str:
         _section("Batches left out", _skipped(facts)),
         _section("Held-out evaluation", _evaluation(facts)),
         _section("Environment", _environment(facts)),
-        _section(
-            "Configuration", f"<details><summary>resolved</summary><pre>{escape(to_yaml(facts.config))}</pre></details>"
-        ),
+        _section("Configuration", f"<details><summary>resolved</summary><pre>{resolved}</pre></details>"),
     ]
     head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{title}</title>'
     return (
