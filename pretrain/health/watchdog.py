@@ -104,10 +104,10 @@ class Watchdog(threading.Thread):
         entry = recorded["entries"][-1] if recorded["entries"] else None
         waits = entry is not None and not entry["ended"]
         self.show(in_collective=waits, collectives=recorded["groups"])
-        time.sleep(2 * self.tick)  # until the others have noticed too, and shown it
+        time.sleep(max(2 * self.tick, 1.0))  # until the others have noticed too, and shown it
         before = self._others()
         self.show(in_collective=waits, collectives=recorded["groups"])
-        time.sleep(2 * self.tick)
+        time.sleep(max(3 * self.tick, 1.0))  # a machine that is merely busy must have had its turn
         behind, why = judge(before, self._others(), self.world)
         where = _collective(entry) if entry and waits else "in no collective"
         names = ", ".join(f"rank {rank}{_place(before.get(rank))}" for rank in behind[:8])

@@ -58,6 +58,8 @@ class Faulty:
 
     def accumulate(self, batches: Sequence[Any], total_weight: float) -> torch.Tensor:
         kind = self._fault.kind if self._now() else ""
+        if kind == "spike then kill":
+            kind = "spike" if self._position() == self._fault.positions[0] else "kill"
         once = self._position() not in self._fired
         self._fired.add(self._position())
         if kind == "kill":

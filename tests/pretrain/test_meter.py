@@ -64,7 +64,7 @@ def test_gradient_norms_per_modality(axes: dict[str, int], tmp_path: Path) -> No
         assert norms == pytest.approx(expected, rel=1e-6)  # squares travel in the losses' all-reduce, in its type
         assert loss == results[0][2]
     by_hand = sum(own for *_, own in results) / axes.get("tp", 1)
-    assert results[0][2] == pytest.approx(by_hand, rel=1e-9)
+    assert results[0][2] == pytest.approx(by_hand, rel=1e-6)  # float32 sums
 
 
 def test_attended_pairs_are_those_of_the_documents(tmp_path: Path) -> None:
