@@ -173,61 +173,89 @@ def checkpoint() -> None:
 @click.argument("path", type=click.Path(path_type=Path))
 @click.option("--tensors", is_flag=True, help="List every logical tensor of the model.")
 def inspect(path: Path, tensors: bool) -> None:
-    """Step, sizes, versions and logical tensors of a checkpoint, from its manifest."""
+    """Step, position in the data, sizes, versions and logical tensors of a checkpoint, from its manifest."""
     from math import prod
 
     from .manifest import find_checkpoint, read_manifest
+    from .rules import is_of_model
 
     found = find_checkpoint(path)
     manifest = read_manifest(found)
-    model = {n: t for n, t in manifest["tensors"].items() if not n.startswith("optimizer.")}
-    size = sum(file["bytes"] for file in manifest.get("files", {}).values())
+    model = {n: t for n, t in manifest["tensors"].items() if is_of_model(n)}
+    size = sum(file["bytes"] for file in manifest["files"].values())
+    data = manifest.get("data") or {}
     rows = {
         "checkpoint": found,
         "step": manifest["step"],
         "parameters": f"{sum(prod(t['shape']) for t in model.values()):,} in {len(model)} logical tensors",
-        "files": f"{len(manifest.get('files', {}))}, {size / 1e6:,.1f} MB (weights and both moments)",
-        "written by": f"torch {manifest['torch']}",
+        "files": f"{len(manifest['files'])}, {size / 1e6:,.1f} MB (weights, both moments, random states)",
+        "written by": f"polylepis {manifest['polylepis']}, torch {manifest['torch']}, format {manifest['format']}",
+        "config": manifest.get("config_hash", "not recorded"),
     }
+    if "tokens" in data:
+        read = ", ".join(f"{count:,} {name}" for name, count in data["tokens"].items())
+        rows["data"] = f"{data['draws']:,} rows drawn; tokens: {read}; {len(data['ledger'])} samples in quarantine"
     for name, value in rows.items():
         click.echo(f"{name:<11} {value}")
     for name, tensor in model.items() if tensors else ():
-        click.echo(f"  {name:<60} {tensor['dtype'].removeprefix('torch.'):<10} {tuple(tensor['shape'])}")
+        dtype, shape = tensor["dtype"].removeprefix("torch."), str(tuple(tensor["shape"]))
+        click.echo(f"  {name:<60} {dtype:<10} {shape:<18} {tensor['hash']}  {tensor['placement']}")
 
 
 @checkpoint.command()
 @click.argument("path", type=click.Path(path_type=Path))
-def verify(path: Path) -> None:
-    """Read every byte back and compare it with the manifest's hashes. Exit code 1 where anything differs."""
+@click.option("--quick", is_flag=True, help="Compare the files only, not what the tensors in them hold.")
+def verify(path: Path, quick: bool) -> None:
+    """Read everything back and compare it with the manifest. Exit code 1 where anything differs.
+
+    Every file's bytes are compared with their sha256; then every logical tensor is read, as a run that resumes would
+    read it, and its content hash compared with what the ranks held in memory when they saved.
+    """
     from .manifest import damages, find_checkpoint, read_manifest
+    from .sharded import content_damages
 
     found = find_checkpoint(path)
     damaged = list(damages(found))
+    if not damaged and not quick:
+        damaged = list(content_damages(found))
     for line in damaged:
         click.echo(f"{found}: {line}", err=True)
     if damaged:
         raise SystemExit(1)
-    click.echo(f"{found}: whole, {len(read_manifest(found).get('files', {}))} files")
+    manifest = read_manifest(found)
+    also = "" if quick else f", {len(manifest['tensors'])} tensors"
+    click.echo(f"{found}: whole, {len(manifest['files'])} files{also}")
 
 
 @checkpoint.command()
 @click.argument("first", type=click.Path(path_type=Path))
 @click.argument("second", type=click.Path(path_type=Path))
 @click.option("--most", default=20, show_default=True, help="Lines to print, largest difference first.")
-def diff(first: Path, second: Path, most: int) -> None:
-    """Compare the weights of two checkpoints, whatever mesh wrote them. Exit code 1 where they differ."""
-    from .manifest import find_checkpoint
-    from .sharded import read_tensors
+@click.option("--quick", is_flag=True, help="By the manifests' hashes alone, without reading any tensor.")
+def diff(first: Path, second: Path, most: int, quick: bool) -> None:
+    """Compare the weights of two checkpoints, whatever mesh wrote them. Exit code 1 where they differ.
 
-    a, b = (read_tensors(find_checkpoint(path)) for path in (first, second))
+    Which tensors differ is known from the manifests; only those are read, to say by how much.
+    """
+    from .manifest import find_checkpoint
+    from .reader import Reader
+    from .rules import is_of_model
+    from .sharded import stream_tensors
+
+    readers = [Reader(find_checkpoint(path)) for path in (first, second)]
+    a, b = ({n: t for n, t in reader.manifest["tensors"].items() if is_of_model(n)} for reader in readers)
     absent = float("inf")
     lines = [(absent, f"{name}: only in {first if name in a else second}") for name in a.keys() ^ b.keys()]
-    for name in a.keys() & b.keys():
-        if a[name].shape != b[name].shape:
-            lines.append((absent, f"{name}: {tuple(a[name].shape)} and {tuple(b[name].shape)}"))
-        elif not a[name].equal(b[name]):
-            relative = float((a[name].double() - b[name].double()).norm() / a[name].double().norm().clamp(min=1e-300))
-            lines.append((relative, f"{name}: differs by {relative:.1e} of its norm"))
+    differing = sorted(name for name in a.keys() & b.keys() if a[name]["hash"] != b[name]["hash"])
+    alike = [name for name in differing if not quick and a[name]["shape"] == b[name]["shape"]]
+    pairs = zip(*(stream_tensors(reader, alike) for reader in readers), strict=True)
+    for name in differing:
+        if name not in alike:
+            whats = [f"{t[name]['dtype'].removeprefix('torch.')}{tuple(t[name]['shape'])}" for t in (a, b)]
+            lines.append((absent, f"{name}: {whats[0]} {a[name]['hash']} and {whats[1]} {b[name]['hash']}"))
+    for (name, one), (_, other) in pairs:
+        relative = float((one.double() - other.double()).norm() / one.double().norm().clamp(min=1e-300))
+        lines.append((relative, f"{name}: differs by {relative:.1e} of its norm"))
     for _, line in sorted(lines, reverse=True)[:most]:
         click.echo(line)
     click.echo(f"{len(lines)} of {len(a.keys() | b.keys())} tensors differ")
@@ -242,9 +270,7 @@ def diff(first: Path, second: Path, most: int) -> None:
 @click.option("--yes", is_flag=True, help="Remove; without it, only say what would go.")
 def prune(run: Path, keep: int, keep_every: int, yes: bool) -> None:
     """Remove old checkpoints of a run."""
-    import shutil
-
-    from .manifest import complete_checkpoints, superfluous
+    from .manifest import complete_checkpoints, discard, superfluous
 
     if keep < 1 or keep_every < 0:
         raise CheckpointError(f"need --keep ≥ 1 and --keep-every ≥ 0, got {keep} and {keep_every}")
@@ -253,4 +279,4 @@ def prune(run: Path, keep: int, keep_every: int, yes: bool) -> None:
     for path in superfluous(run / "checkpoints", keep, keep_every):
         click.echo(f"{'removed' if yes else 'would remove'} {path}")
         if yes:
-            shutil.rmtree(path)
+            discard(path)

@@ -25,10 +25,10 @@ from .errors import CheckpointError
 from .host import HostCopy, Snapshot
 from .local import LocalTier, fill
 from .manifest import clear_leftovers, complete_checkpoints, newest_checkpoint, step_of
-from .rules import KeepRules
+from .rules import RANDOM, KeepRules
 from .saving import together, write_checkpoint
 from .sharded import load_checkpoint, random_tensors
-from .tensors import RANDOM, put_back, state_tensors
+from .tensors import put_back, state_tensors
 
 RUN_ID = "run_id"
 PATIENCE = timedelta(hours=2)  # for the slowest rank's disk; the loop's collectives have a timeout of their own

@@ -1,10 +1,18 @@
-"""When a run saves, and what it keeps."""
+"""When a run saves, what it keeps, and how it calls what is not the model's."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 from .errors import CheckpointError
+
+OPTIMIZER = "optimizer."  # the prefix of all that belongs to the optimizer
+RANDOM = "random."  # and of the random states, one tensor per rank
+
+
+def is_of_model(name: str) -> bool:
+    """Whether a tensor of a checkpoint belongs to the model itself."""
+    return not name.startswith((OPTIMIZER, RANDOM))
 
 
 @dataclass(frozen=True)

@@ -164,11 +164,12 @@ def _report(aside: Path, writer: _Writer, tensors: Mapping[str, Tensor], group: 
 
 
 def _placement(tensor: Tensor) -> str:
-    """How a tensor lay on its mesh, `fsdp=S(0) tp=R` say; `whole` for one that every rank had."""
+    """How a tensor lay on its mesh, `fsdp4=S(0) tp2=R` say; `whole` for one that every rank had."""
     if not isinstance(tensor, DTensor):
         return "whole"
     names = tensor.device_mesh.mesh_dim_names or tuple(f"axis{i}" for i in range(tensor.device_mesh.ndim))
-    return " ".join(f"{name}={_short(p)}" for name, p in zip(names, tensor.placements, strict=True))
+    sizes = tensor.device_mesh.shape
+    return " ".join(f"{n}{size}={_short(p)}" for n, size, p in zip(names, sizes, tensor.placements, strict=True))
 
 
 def _short(placement: Any) -> str:

@@ -24,8 +24,9 @@ from .content import content_hash, content_sum, hash_tensor
 from .errors import CheckpointError
 from .host import random_state, set_random_state
 from .reader import Reader
+from .rules import OPTIMIZER, RANDOM, is_of_model
 from .saving import together, write_checkpoint
-from .tensors import MOMENTS, OPTIMIZER, RANDOM, Models, model_tensors, optimizer_tensors, put_back, state_tensors
+from .tensors import MOMENTS, Models, model_tensors, optimizer_tensors, put_back, state_tensors
 
 __all__ = [
     "MOMENTS",
@@ -195,9 +196,8 @@ def read_tensors(checkpoint: Path, prefix: str = "") -> dict[str, Tensor]:
         CheckpointError: an unfinished or foreign checkpoint.
     """
     reader = Reader(checkpoint)
-    hidden = () if prefix else (OPTIMIZER, RANDOM)
     stored = reader.read_metadata().state_dict_metadata
-    return _read(reader, [name for name in stored if name.startswith(prefix) and not name.startswith(hidden)])
+    return _read(reader, [name for name in stored if name.startswith(prefix) and (prefix or is_of_model(name))])
 
 
 def _read(reader: Reader, names: Iterable[str]) -> dict[str, Tensor]:

@@ -9,12 +9,12 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
 from ..parallel.engines.base import Elsewhere, Optimizer
+from ..parallel.kinds.moe import MoE
 from ..parallel.model import HybridModel
 from ..parallel.parts import named_parts, split_bank
+from .rules import OPTIMIZER
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
-OPTIMIZER = "optimizer."  # the prefix of all that belongs to the optimizer
-RANDOM = "random."  # and of the random states, one tensor per rank
 Models = HybridModel | Sequence[HybridModel]
 
 
@@ -47,11 +47,21 @@ def optimizer_tensors(models: Models, optimizer: torch.optim.Optimizer) -> dict[
     return tensors
 
 
+def load_tensors(models: Models) -> dict[str, Tensor]:
+    """The expert loads of the last step [modalities, experts]: no weights, but the next step looks at them."""
+    return {
+        f"{OPTIMIZER}expert_load.{name}": layer.expert_load
+        for model in _several(models)
+        for name, layer in model.named_modules()
+        if isinstance(layer, MoE)
+    }
+
+
 def state_tensors(models: Models, optimizer: Optimizer) -> dict[str, Tensor]:
-    """Both of the above; copies where the state lies elsewhere (see `put_back`)."""
+    """All of the above; copies where the state lies elsewhere (see `put_back`)."""
     if isinstance(optimizer, Elsewhere):
-        return optimizer.tensors()
-    return model_tensors(models) | optimizer_tensors(models, optimizer)
+        return dict(optimizer.tensors()) | load_tensors(models)
+    return model_tensors(models) | optimizer_tensors(models, optimizer) | load_tensors(models)
 
 
 def put_back(tensors: Mapping[str, Tensor], optimizer: Optimizer) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -10,14 +11,6 @@ import torch
 from .errors import DataError
 
 Batch = dict[str, torch.Tensor]
-# What each pipeline stage needs: the metadata on all of them, the rest at one end.
-EVERYWHERE = ("modality_ids", "doc_ids", "position_ids", "cu_seqlens")
-
-
-def stage_fields(*, first: bool, last: bool) -> tuple[str, ...]:
-    """Names of the batch's fields that a pipeline stage needs: tokens at the first, labels and weights at the last."""
-    ends = (("tokens",) if first else ()) + (("labels", "loss_weight") if last else ())
-    return (*ends, *EVERYWHERE)
 
 
 def weight_vector(modalities: Sequence[str], weights: Mapping[str, float]) -> np.ndarray:
@@ -91,6 +84,58 @@ def collate(
     return {name: torch.from_numpy(array) for name, array in arrays.items()}
 
 
+@dataclass(frozen=True)
+class Slots:
+    """How latents go into a batch.
+
+    Attributes:
+        table: bool [vocabulary size], whether a token stands for a vector.
+        most: N, room for latents in every row of the run.
+        width, dtype: of the vectors, see `LatentFormat`.
+    """
+
+    table: np.ndarray
+    most: int
+    width: int
+    dtype: str
+
+
+def add_latents(batch: Batch, rows: Sequence[Sequence[np.ndarray]], slots: Slots, weights: np.ndarray) -> None:
+    """Adds the latents of a batch's rows in place, and takes slots out of the next-token targets.
+
+    Args:
+        batch: of `collate`.
+        rows: per row the latents of its documents, bits uint16 [n, width] each, one vector per slot of the row.
+        slots: where they go.
+        weights: float32 [M], loss weight by modality.
+
+    Adds:
+        latents bfloat16 or float16 [rows, N, width]; latent_pos int64 [rows, N], the slot of the row that each belongs
+        to, ascending, -1 in the padding at the end; latent_weight float32 [rows, N], 0 in the padding.
+
+    Raises:
+        DataError: a row with another number of latents than slots, or more than N.
+    """
+    tokens, n = batch["tokens"].numpy(), len(rows)
+    bits = np.zeros((n, slots.most, slots.width), dtype=np.uint16)
+    positions = np.full((n, slots.most), -1, dtype=np.int64)
+    weight = np.zeros((n, slots.most), dtype=np.float32)
+    for r, row in enumerate(rows):
+        at = np.flatnonzero(slots.table[tokens[r]])
+        given = sum(map(len, row))
+        if given != len(at) or given > slots.most:
+            raise DataError(f"row {r}: {given} latents for {len(at)} slots, and room for {slots.most}")
+        if given:
+            bits[r, :given] = np.concatenate(row)
+            positions[r, :given] = at
+            weight[r, :given] = weights[batch["modality_ids"].numpy()[r, at]]
+    batch["latents"] = torch.from_numpy(bits.view(np.int16)).view(getattr(torch, slots.dtype))
+    batch["latent_pos"] = torch.from_numpy(positions)
+    batch["latent_weight"] = torch.from_numpy(weight)
+    # That a slot comes next says nothing of its vector: another objective learns that.
+    batch["loss_weight"].numpy()[slots.table[batch["labels"].numpy()]] = 0.0
+
+
 def micro_batches(rows: Batch, size: int) -> list[Batch]:
     """`rows` cut along the leading axis into micro-batches of `size` (views)."""
     count = len(rows["tokens"])
@@ -101,3 +146,12 @@ def mask(rows: Batch, row: int, start: int, length: int) -> None:
     """Takes one document out of a batch in place: padding without weight in its slot, whose place and id it keeps."""
     for name in ("tokens", "labels", "modality_ids", "loss_weight"):
         rows[name][row, start : start + length] = 0
+    if "latents" not in rows:
+        return
+    positions = rows["latent_pos"][row]
+    kept = (positions >= 0) & ~((positions >= start) & (positions < start + length))
+    count = int(kept.sum())
+    for name, padding in (("latents", 0), ("latent_weight", 0), ("latent_pos", -1)):
+        values = rows[name][row]
+        values[:count] = values[kept]  # the same bits whether they were read and taken out, or never came
+        values[count:] = padding

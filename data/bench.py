@@ -15,24 +15,29 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from .bench_peers import PEERS, measure
 from .dataset import Dataset, Split
 from .packing import PackPlan, permute
 from .stream import Stream, StreamConfig
 
 
-def bench(path: Path, *, split: str, samples: int, position: int, resident: int) -> dict[str, Any]:
+def bench(
+    path: Path, *, split: str, samples: int, position: int, resident: int, python: str = sys.executable
+) -> dict[str, Any]:
     """Measures a data set.
 
     Args:
         path, split: what to read.
         samples: read by each reader, cycling if there are fewer.
         position: documents before the resume that is timed.
-        resident: samples read while watching the resident memory.
+        resident: samples read while watching the resident memory, through four workers.
+        python: interpreter that has the peers' packages; those that it lacks are named with the reason.
 
     Returns:
         samples per CPU second by reader and kind, their ratios, seconds and bytes; see the keys.
@@ -52,18 +57,17 @@ def bench(path: Path, *, split: str, samples: int, position: int, resident: int)
         "tokens": _rate(samples, lambda: _drain(_array(s["tokens.npy"]) for s in _webdataset(urls, samples))),
         "decoded": _rate(samples, lambda: _drain(_decode(s) for s in _webdataset(urls, samples))),
     }
-    before = _resident()
-    _drain(chosen.tokens(order[i % n]) for i in range(resident))
-    grown = _resident() - before
+    others = {name: measure(name, python, path, split, samples) for name in PEERS}
     config = StreamConfig(str(path), split=split, seq_len=max(256, int(chosen.lengths.max())), global_batch=8)
+    measured = {name: {kind: found[kind] for kind in ours} for name, found in others.items() if "error" not in found}
     return {
         "samples": samples,
-        "samples_per_cpu_second": {"polylepis": ours, "webdataset": theirs},
+        "samples_per_cpu_second": {"polylepis": ours, "webdataset": theirs, **measured},
+        "peers": {name: found.get("version") or f"not measured: {found['error']}" for name, found in others.items()},
         "ratio": {kind: ours[kind] / theirs[kind] for kind in ours},
         "planning_us_per_document": planning(chosen.lengths),
         "resume": {str(at): resume(config, at) for at in (0, position)},
-        "resident_growth_bytes": grown,
-        "resident_samples": resident,
+        "resident": resident_memory(config, resident, workers=4),
     }
 
 
@@ -80,7 +84,8 @@ def resume(config: StreamConfig, position: int) -> dict[str, float]:
     """Seconds in a fresh process, resumed after `position` documents.
 
     Returns:
-        {"imports": …, "open": data set opened and state loaded, "first_batch": the step after it, "process": all}.
+        {"torch": import of torch, "imports": of all the rest, "open": data set opened and state loaded, "first_batch":
+        the step after it, "process": all}, and "cpu": seconds of CPU of imports, open and first_batch together.
     """
     stream = Stream(Dataset.open(config.path), config, dp_rank=0, dp_size=1)
     here, passed = stream.planner.start, 0
@@ -104,7 +109,9 @@ def resume(config: StreamConfig, position: int) -> dict[str, float]:
 
 _RESUME = """
 import json, sys, time
-a = time.perf_counter()
+z = time.perf_counter()
+import torch
+a, cpu = time.perf_counter(), time.process_time()
 from polylepis.data.dataset import Dataset
 from polylepis.data.stream import Stream, StreamConfig
 b = time.perf_counter()
@@ -112,7 +119,9 @@ fields, state = json.load(sys.stdin)
 stream = Stream(Dataset.open(fields["path"]), StreamConfig(**fields), dp_rank=0, dp_size=1, state=state)
 c = time.perf_counter()
 stream.next()
-print(json.dumps({"imports": b - a, "open": c - b, "first_batch": time.perf_counter() - c}))
+d = time.perf_counter()
+found = {"torch": a - z, "imports": b - a, "open": c - b, "first_batch": d - c, "cpu": time.process_time() - cpu}
+print(json.dumps(found))
 """
 
 
@@ -163,15 +172,37 @@ def _drain(items: Iterable[Any]) -> None:
         pass
 
 
-def _resident() -> int:
-    """Bytes of this process in memory (Linux); 0 where that is not to be had."""
-    try:
-        pages = int(Path("/proc/self/statm").read_text().split()[1])
-    except (OSError, IndexError, ValueError):
-        return 0
-    import resource
+def resident_memory(config: StreamConfig, samples: int, *, workers: int) -> dict[str, int]:
+    """Bytes that a stream and its workers hold, early and late in reading `samples` documents (Linux).
 
-    return pages * resource.getpagesize()
+    Returns:
+        {"workers": …, "samples": read, "early": the most in the second fifth, "late": the most in the last fifth};
+        anonymous memory, summed over the processes: pages of files belong to all of the node.
+    """
+    stream = Stream(Dataset.open(config.path), replace(config, workers=workers), dp_rank=0, dp_size=1)
+    seen, early, late = 0, 0, 0
+    try:
+        while seen < samples:
+            step = stream.next()
+            seen += sum(int(batch["doc_ids"].amax(dim=1).add(1).sum()) for batch in step.micro_batches)
+            if samples // 5 <= seen < 2 * samples // 5:
+                early = max(early, _anonymous(os.getpid()))
+            elif seen >= 4 * samples // 5:
+                late = max(late, _anonymous(os.getpid()))
+    finally:
+        stream.close()
+    return {"workers": workers, "samples": seen, "early": early, "late": late}
+
+
+def _anonymous(process: int) -> int:
+    """Anonymous resident bytes of a process and all below it; 0 where that is not to be had."""
+    try:
+        status = Path(f"/proc/{process}/status").read_text()
+        children = [path.read_text().split() for path in Path(f"/proc/{process}/task").glob("*/children")]
+    except OSError:
+        return 0  # ended meanwhile, or no Linux
+    own = next((int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("RssAnon")), 0)
+    return own + sum(_anonymous(int(child)) for row in children for child in row)
 
 
 def report(result: dict[str, Any]) -> str:
@@ -184,12 +215,15 @@ def report(result: dict[str, Any]) -> str:
     lines.append(f"  {'ratio':24}" + "".join(f"{ratio:>12.1f}" for ratio in result["ratio"].values()))
     lines.append(f"planning: {result['planning_us_per_document']:.2f} us of CPU per document")
     for at, seconds in result["resume"].items():
+        ms = {name: f"{1e3 * value:.0f} ms" for name, value in seconds.items()}
         lines.append(
-            f"resume after {at} documents: opened in {1e3 * seconds['open']:.0f} ms, first batch "
-            f"{1e3 * seconds['first_batch']:.0f} ms later; imports {1e3 * seconds['imports']:.0f} ms, "
-            f"whole process {1e3 * seconds['process']:.0f} ms"
+            f"resume after {at} documents: imports without torch {ms['imports']}, opened in {ms['open']}, first batch "
+            f"{ms['first_batch']} later ({ms['cpu']} of CPU together); torch {ms['torch']}, process {ms['process']}"
         )
+    lines += [f"{name}: {what}" for name, what in result["peers"].items()]
+    memory = result["resident"]
     lines.append(
-        f"resident memory: {result['resident_growth_bytes'] / 1e6:+.1f} MB over {result['resident_samples']:,d} samples"
+        f"resident memory of reader and {memory['workers']} workers: {memory['early'] / 1e6:.1f} MB at a fifth, "
+        f"{memory['late'] / 1e6:.1f} MB at the end of {memory['samples']:,d} samples"
     )
     return "\n".join(lines)

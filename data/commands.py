@@ -106,6 +106,13 @@ def index(
 @click.option(
     "--voice-model", default="", help="Folder of a pretrained Mimi or EnCodec, instead of a codec trained here."
 )
+@click.option("--image-model", default="", help="Folder of an AutoencoderKL (latents) or Chameleon (codes).")
+@click.option("--image-side", type=click.IntRange(min=1), default=32, show_default=True, help="Pixels of a picture.")
+@click.option("--latent-dtype", type=click.Choice(["bfloat16", "float16"]), default="bfloat16", show_default=True)
+@click.option("--bytes", "byte_files", multiple=True, metavar=".EXT", help="Files of this ending are byte streams.")
+@click.option("--series-bins", type=click.IntRange(min=2), default=1024, show_default=True, help="For columns of .csv.")
+@click.option("--series-law", type=click.Choice(["mu", "uniform"]), default="mu", show_default=True)
+@click.option("--series-range", type=float, nargs=2, help="Bins from low to high; default: what the files span.")
 @click.option("--shard-mb", type=click.FloatRange(min=0, min_open=True), default=64.0, show_default=True)
 def encode(
     source: Path,
@@ -120,9 +127,11 @@ def encode(
     image_codes: int,
     voice_model: str,
     shard_mb: float,
+    **kinds: Any,
 ) -> None:
-    """Make a data set of a folder of files: texts, .jsonl, pictures and .wav, captions in NAME.txt beside them.
+    """Make a data set of a folder of files: texts, .jsonl, pictures, .wav, .csv of numbers, byte files, latents.
 
+    NAME.txt beside NAME.png (.wav, .csv, …) is its caption. Latents are .safetensors: one tensor `latents` [n, width].
     Cut off or killed, the same command goes on; a job array gives every member its --worker and all the same
     --workers. Without --like or --tokenizer, tokenizer and codecs are trained on the folder first.
     """
@@ -139,6 +148,7 @@ def encode(
         text_vocab=text_vocab,
         image_codes=image_codes,
         voice_model=voice_model,
+        **kinds,
     )
     started, documents, tokens = time.perf_counter(), 0, 0
     work = encode_folder(source, out, config, like=like, tokenizer=tokenizer, workers=workers, worker=worker)
@@ -291,13 +301,21 @@ def simulate(
 @click.option("--samples", type=click.IntRange(min=1), default=20_000, show_default=True, help="Read by each reader.")
 @click.option("--position", type=click.IntRange(min=0), default=15_000, show_default=True, help="Where to resume.")
 @click.option("--resident", type=click.IntRange(min=1), default=100_000, show_default=True, help="Memory is watched.")
+@click.option("--python", metavar="PATH", help="An interpreter that has the other readers' packages.")
 @click.option("--json", "as_json", is_flag=True, help="One line of JSON.")
-def bench(path: Path, split: str, samples: int, position: int, resident: int, as_json: bool) -> None:
-    """Measure reading here, side by side with webdataset: rates, resume, planning, memory."""
+def bench(
+    path: Path, split: str, samples: int, position: int, resident: int, python: str | None, as_json: bool
+) -> None:
+    """Measure reading here, side by side with webdataset and other readers: rates, resume, planning, memory.
+
+    litdata, mosaicml-streaming and megatron-energon are measured where this Python, or that of --python, has them.
+    """
     import json
+    import sys
 
     from .bench import bench as run
     from .bench import report
 
-    result = run(path, split=split, samples=samples, position=position, resident=resident)
+    counts = {"samples": samples, "position": position, "resident": resident}
+    result = run(path, split=split, python=python or sys.executable, **counts)
     click.echo(json.dumps(result) if as_json else report(result))

@@ -22,7 +22,9 @@ class Composer:
 
     A document is `bos, spans…, eos`; a span of modality k >= 1 stands between its begin and end tokens, text stands
     bare. The content of a span is a `str` (text), local codes (a list, or an int32/int64 array [n]), or what the
-    modality's codec takes: uint8 [height, width] for images, int16 or float [n] for voice.
+    modality's codec takes: uint8 [height, width] for images, int16 or float [n] for voice. Of a continuous modality the
+    content is its latents, float [n, width], or what its codec takes; the tokens then are n slots, and `latents` gives
+    the vectors.
     """
 
     vocabulary: Vocabulary
@@ -49,7 +51,24 @@ class Composer:
             return np.asarray(content, dtype=np.int64).reshape(-1)
         if modality not in self.codecs:
             raise DataError(f"no codec for {modality} here; give its codes, or a modality among {list(self.codecs)}")
+        if self.is_continuous(modality):
+            return np.zeros(len(self.vectors(modality, content)), dtype=np.int64)
         return self.codecs[modality].encode(np.asarray(content))
+
+    def is_continuous(self, modality: str) -> bool:
+        """Whether spans of `modality` are latents in slots."""
+        return modality in self.codecs and self.codecs[modality].kind == "continuous"
+
+    def vectors(self, modality: str, content: Content) -> np.ndarray:
+        """Latents float [n, width] of a span of a continuous modality: as they are given, or encoded."""
+        array = np.asarray(content)
+        given = array.ndim == 2 and np.issubdtype(array.dtype, np.floating)
+        return array if given else self.codecs[modality].encode(array)
+
+    def latents(self, spans: Sequence[Span]) -> np.ndarray | None:
+        """The latents float [n, width] of all spans, in the order of their slots; None without any."""
+        found = [self.vectors(modality, content) for modality, content in spans if self.is_continuous(modality)]
+        return np.concatenate(found) if found else None
 
     def document(self, spans: Sequence[Span]) -> np.ndarray:
         """int64 [n]: bos, the spans, eos."""
@@ -88,18 +107,34 @@ class Composer:
             spans[-1][1].append(token - ids.start)
         return [(modality, np.array(codes, dtype=np.int64)) for modality, codes in spans]
 
-    def decode(self, tokens: Sequence[int] | np.ndarray) -> list[tuple[str, str | np.ndarray]]:
+    def decode(
+        self, tokens: Sequence[int] | np.ndarray, latents: np.ndarray | None = None
+    ) -> list[tuple[str, str | np.ndarray]]:
         """(modality, content) per span: text as `str`, others through their codec.
 
+        Args:
+            tokens: of a document.
+            latents: float [n, width], one per slot; without them slots are returned as codes.
+
         Raises:
-            DataError: a span that its codec cannot decode, e.g. an image with the wrong number of codes.
+            DataError: a span that its codec cannot decode, e.g. an image with the wrong number of codes, or another
+                number of latents than slots.
         """
         decoded: list[tuple[str, str | np.ndarray]] = []
+        used = 0
         for modality, codes in self.spans(tokens):
             if modality == "text":
                 decoded.append((modality, self.tokenizer.decode(codes.tolist())))
-            elif modality in self.codecs:
+            elif self.is_continuous(modality) and latents is not None:
+                vectors = latents[used : used + len(codes)]
+                used += len(codes)
+                if len(vectors) != len(codes):
+                    raise DataError(f"{used} slots or more, but {len(latents)} latents")
+                decoded.append((modality, self.codecs[modality].decode(vectors)))
+            elif modality in self.codecs and not self.is_continuous(modality):
                 decoded.append((modality, self.codecs[modality].decode(codes)))
             else:
                 decoded.append((modality, codes))
+        if latents is not None and used != len(latents):
+            raise DataError(f"{used} slots, but {len(latents)} latents")
         return decoded

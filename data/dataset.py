@@ -16,6 +16,7 @@ from .compose import Composer
 from .errors import BadSampleError, DataError
 from .files import sha256_file, write_atomic
 from .index import BLOCK, ShardIndex, TextReading, index_path, scan_shard
+from .latents import LatentFormat, LatentRows, slot_counts, to_float
 from .remote import RemoteFolder, RemoteShards, is_url
 from .shards import ShardFiles
 from .tokenizer import TOKENIZER_FILES, Tokenizer, load_tokenizer
@@ -43,6 +44,7 @@ class Split:
         files: the shards.
         root: folder or URL of the data set.
         encode: for adopted tars, whose "tokens" are text: text -> document.
+        latent_format, latent_rows: what the continuous latents are, and where; None without a continuous modality.
     """
 
     name: str
@@ -58,6 +60,8 @@ class Split:
     files: ShardFiles = field(repr=False)
     root: str = ""
     encode: Callable[[str], np.ndarray] | None = field(default=None, repr=False)
+    latent_format: LatentFormat | None = None
+    latent_rows: LatentRows | None = field(default=None, repr=False)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Workers open the data set again: its indices are in the page cache, not in a pipe."""
@@ -96,6 +100,20 @@ class Split:
                 "tokenizer; make it again with: polylepis data index",
             )
         return tokens
+
+    def latents(self, sample: int) -> np.ndarray | None:
+        """The latents' bits uint16 [n, width] of one document, crc checked; None if it has none."""
+        rows, form = self.latent_rows, self.latent_format
+        if rows is None or form is None or not rows.latent_bytes[sample]:
+            return None
+        where = (int(self.shard[sample]), int(rows.latent_offset[sample]), int(rows.latent_bytes[sample]))
+        data = self.files.read_checked(*where, int(rows.latent_crc32[sample]), self.key(sample))
+        return np.frombuffer(data, dtype="<u2").reshape(-1, form.width)
+
+    def vectors(self, sample: int) -> np.ndarray | None:
+        """`latents` as float32 [n, width]."""
+        bits = self.latents(sample)
+        return None if bits is None or self.latent_format is None else to_float(bits, self.latent_format)
 
     def members(self, sample: int) -> dict[str, bytes]:
         """All members of a sample by extension ("json", "tokens.npy", "png", …), in one read.
@@ -147,6 +165,11 @@ class Dataset:
     splits: dict[str, Split]
 
     @property
+    def latent_format(self) -> LatentFormat | None:
+        """What the continuous latents are; None where all modalities are discrete."""
+        return LatentFormat.from_json(self.manifest["latents"]) if "latents" in self.manifest else None
+
+    @property
     def composer(self) -> Composer:
         """Builds documents and prompts of this data set's vocabulary."""
         return Composer(self.vocabulary, self.tokenizer, self.codecs)
@@ -193,12 +216,16 @@ class Dataset:
                     f"{root / file}: fingerprint {value[:12]} differs from {str(expected.get(name))[:12]} in the "
                     "manifest: the shards were made with another one; restore it or build the data set again"
                 )
+        form = LatentFormat.of(codecs)
+        stated = LatentFormat.from_json(manifest["latents"]) if "latents" in manifest else None
+        if form != stated:
+            raise DataError(f"{root / MANIFEST}: its latents are {stated}, its codecs make {form}")
         listed = {shard["name"] for shards in manifest["splits"].values() for shard in shards}
         stray = [] if remote else sorted(tar.name for tar in root.glob("*.tar") if tar.name not in listed)
         if stray:
             raise DataError(f"{root / stray[0]} is not in the manifest: a foreign shard; move it out of the folder")
         splits = {
-            name: _open_split(root, name, shards, expected, remote) for name, shards in manifest["splits"].items()
+            name: _open_split(root, name, shards, expected, remote, form) for name, shards in manifest["splits"].items()
         }
         if "text" in manifest:
             compose = Composer(vocabulary, tokenizer, codecs)
@@ -251,7 +278,14 @@ class Dataset:
         spans = self.composer.spans(tokens)
         if "spans" in meta and [name for name, _ in spans] != [name for name, _ in meta["spans"]]:
             raise DataError(f"{where}: spans {[name for name, _ in spans]} differ from those in its json")
-        self.composer.decode(tokens)
+        if split.latent_format is not None and split.latent_rows is not None:
+            slots, rows = slot_counts(tokens, self.vocabulary, split.latent_format), split.latent_rows
+            if slots != rows.latent_counts[sample].tolist():
+                raise DataError(f"{where}: {slots} slots by modality, the index says {rows.latent_counts[sample]}")
+        vectors = split.vectors(sample)
+        if vectors is not None and not np.isfinite(vectors).all():
+            raise DataError(f"{where}: its latents are not finite")
+        self.composer.decode(tokens, vectors)
 
 
 def find_tokenizer(root: Path, manifest: Mapping[str, Any]) -> str:
@@ -332,6 +366,7 @@ def write_manifest(
         ]
         for split, indices in splits.items()
     }
+    form = LatentFormat.of(composer.codecs)
     names = [composer.tokenizer.file, *(codec_file(modality) for modality in composer.codecs)]
     manifest = {
         "version": MANIFEST_VERSION,
@@ -344,12 +379,18 @@ def write_manifest(
         "files": {f: {"bytes": (root / f).stat().st_size, "sha256": sha256_file(root / f)} for f in names},
         "splits": shards,
         **({"text": dict(text)} if text is not None else {}),
+        **({"latents": form.to_json()} if form is not None else {}),
     }
     write_atomic(root / MANIFEST, (json.dumps(manifest, indent=1, sort_keys=True) + "\n").encode())
 
 
 def _open_split(
-    root: Path, name: str, shards: list[dict[str, Any]], expected: dict[str, str], remote: RemoteFolder | None
+    root: Path,
+    name: str,
+    shards: list[dict[str, Any]],
+    expected: dict[str, str],
+    remote: RemoteFolder | None,
+    form: LatentFormat | None,
 ) -> Split:
     """Loads the indices of one split and checks them against manifest and files."""
     indices = []
@@ -374,9 +415,14 @@ def _open_split(
             raise DataError(f"shard {tar} is foreign: made with other vocabularies or for another split than {name!r}")
         if len(index) != shard["n_samples"]:
             raise DataError(f"index {index_path(tar)}: {len(index)} samples, the manifest says {shard['n_samples']}")
+        kind = index.header.get("latents")
+        if kind is not None and (form is None or kind != {"width": form.width, "dtype": form.dtype}):
+            raise DataError(f"index {index_path(tar)}: latents {kind}, the manifest says {form}")
         indices.append(index)
     if not indices:
         raise DataError(f"{root}: split {name!r} has no shards")
+
+    rows = [index.latents or LatentRows.none(len(index), index.modality_lengths.shape[1]) for index in indices]
 
     def join(attribute: str) -> np.ndarray:
         return np.concatenate([getattr(index, attribute) for index in indices])
@@ -394,6 +440,8 @@ def _open_split(
         token_crc32=join("token_crc32"),
         files=RemoteShards(remote, shards) if remote else ShardFiles([root / shard["name"] for shard in shards]),
         root=remote.url if remote else str(root),
+        latent_format=form,
+        latent_rows=LatentRows.join(rows) if form else None,
     )
 
 
@@ -404,8 +452,10 @@ def _reopen(root: str, split: str) -> Split:
 def _compare(tar: Path, stored: ShardIndex, scanned: ShardIndex) -> None:
     """Refuses an index that is not what a scan of the tar gives, naming the first difference."""
     if stored.header != scanned.header:
-        field_name = next(k for k in scanned.header if stored.header.get(k) != scanned.header[k])
+        names = [*scanned.header, *stored.header]
+        field_name = next(k for k in names if stored.header.get(k) != scanned.header.get(k))
         raise DataError(f"{tar}: its index differs from the tar in {field_name!r}: the shard was changed")
-    for array in ShardIndex._ARRAYS:
-        if not np.array_equal(getattr(stored, array), getattr(scanned, array)):
+    there = stored.arrays()
+    for array, found in scanned.arrays().items():
+        if not np.array_equal(there[array], found):
             raise DataError(f"{tar}: its index differs from the tar in {array!r}; rebuild it with: data index {tar}")

@@ -7,10 +7,8 @@ be processes of one machine or of a job array, may be killed, and may be started
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import multiprocessing
-import wave
 import zlib
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -21,19 +19,45 @@ from typing import NamedTuple
 import numpy as np
 
 from .adopt import MIN_TOKENS, meaning, save_meaning
-from .codecs import Codec, HubSpeech, LogMelKMeans, PatchKMeans
+from .codecs import (
+    ByteCodec,
+    Codec,
+    GivenLatents,
+    HubSpeech,
+    LogMelKMeans,
+    PatchKMeans,
+    SeriesCodec,
+    open_picture_model,
+)
 from .compose import Composer, Span
 from .dataset import MANIFEST, Dataset, fingerprints, write_manifest
 from .errors import DataError
 from .files import write_atomic
 from .index import ShardIndex, cut_text, index_path
+from .latents import LatentFormat
 from .shards import Sample, ShardWriter
+from .sources import (
+    IMAGE,
+    LATENTS,
+    MEGATRON,
+    SERIES,
+    SOUND,
+    TEXT,
+    picture_as_png,
+    read_bytes,
+    read_latents,
+    read_megatron,
+    read_picture,
+    read_series,
+    read_sound,
+    read_texts,
+)
 from .tokenizer import TextTokenizer
 from .vocabulary import Vocabulary
 
 PLAN = "encode.json"
-TEXT, IMAGE, SOUND = (".txt", ".md", ".rst"), (".png", ".jpg", ".jpeg", ".webp"), (".wav",)
-MEGATRON = ".bin"  # with its .idx beside it
+_KINDS = {**dict.fromkeys(IMAGE, "image"), **dict.fromkeys(SOUND, "voice")}
+_KINDS |= {**dict.fromkeys(SERIES, "series"), **dict.fromkeys(LATENTS, "latent")}
 _BLOCK_TOKENS = 1 << 20
 _TRAIN_BYTES = 16 << 20
 
@@ -51,6 +75,11 @@ class EncodeConfig:
         rate, hop, voice_codes: sounds must have this rate, a code per hop.
         voice_model: folder of a pretrained Mimi or EnCodec, instead of a codec trained here; its first
             `voice_quantisers` quantisers count.
+        image_model: folder of a pretrained AutoencoderKL (pictures become continuous latents) or Chameleon (codes).
+        latent_dtype: how continuous latents are stored, "bfloat16" or "float16".
+        byte_files: endings, e.g. ".pcap", of files that become byte streams.
+        series_bins, series_law: columns of numbers go into so many bins, by "mu" or "uniform", see `SeriesCodec`;
+        series_range: (low, high) of the bins; None takes that of the training files.
     """
 
     max_tokens: int = 2048
@@ -65,6 +94,12 @@ class EncodeConfig:
     voice_codes: int = 512
     voice_model: str = ""
     voice_quantisers: int = 8
+    image_model: str = ""
+    latent_dtype: str = "bfloat16"
+    byte_files: tuple[str, ...] = ()
+    series_bins: int = 1024
+    series_law: str = "mu"
+    series_range: tuple[float, float] | None = None
 
     def __post_init__(self) -> None:
         if self.max_tokens < MIN_TOKENS or not 0.0 <= self.heldout < 1.0 or self.shard_bytes < 1:
@@ -72,6 +107,16 @@ class EncodeConfig:
                 f"max_tokens >= {MIN_TOKENS}, heldout in 0..1 and shard_bytes >= 1 are needed, got {self.max_tokens}, "
                 f"{self.heldout} and {self.shard_bytes}"
             )
+        taken = [end for end in self.byte_files if not end.startswith(".") or end in (*_KINDS, *TEXT, ".jsonl")]
+        if taken:
+            raise DataError(f"byte_files: {taken[0]!r} is no ending of its own; give others, like .pcap")
+
+    def modality(self, file: str) -> str:
+        """The modality of a file's main content, by its ending; "" for one that is not read."""
+        suffix = Path(file).suffix.lower()
+        if suffix in self.byte_files:
+            return "bytes"
+        return "text" if suffix in (*TEXT, ".jsonl", MEGATRON) else _KINDS.get(suffix, "")
 
 
 class Unit(NamedTuple):
@@ -99,20 +144,23 @@ def plan_tasks(source: Path, config: EncodeConfig) -> list[Task]:
     """All tasks of a source folder; DataError when it holds nothing that is known."""
     if not source.is_dir():
         raise DataError(f"{source} is no folder")
-    files = sorted(path for path in source.rglob("*") if path.suffix.lower() in (*TEXT, ".jsonl", *IMAGE, *SOUND))
-    files = sorted([*files, *(path for path in source.rglob("*" + MEGATRON) if path.with_suffix(".idx").exists())])
-    media = {path.with_suffix("") for path in files if path.suffix.lower() in (*IMAGE, *SOUND)}
+    files = sorted(path for path in source.rglob("*") if path.is_file() and config.modality(path.name))
+    lone = {path for path in files if path.suffix.lower() == MEGATRON and not path.with_suffix(".idx").exists()}
+    files = [path for path in files if path not in lone or MEGATRON in config.byte_files]
+    media = {path.with_suffix("") for path in files if config.modality(path.name) != "text"}
     units: list[Unit] = []
     for path in files:
         stem, suffix = path.with_suffix(""), path.suffix.lower()
         if suffix == ".txt" and stem in media:
             continue  # a caption
         caption = path.with_suffix(".txt")
-        is_media = suffix in (*IMAGE, *SOUND)
+        is_media = config.modality(path.name) != "text"
         name = str(caption.relative_to(source)) if is_media and caption.exists() else ""
         units.append(Unit(len(units), str(path.relative_to(source)), name, path.stat().st_size))
     if not units:
-        raise DataError(f"{source} holds no file of a known kind ({', '.join((*TEXT, '.jsonl', *IMAGE, *SOUND))})")
+        raise DataError(
+            f"{source} holds no file of a known kind ({', '.join((*TEXT, '.jsonl', *_KINDS, *config.byte_files))})"
+        )
     tasks = []
     for split in ("train", "heldout"):
         mine = [unit for unit in units if _is_heldout(unit, config.heldout) == (split == "heldout")]
@@ -142,8 +190,9 @@ def encode_folder(
     """Encodes a folder into a data set; a second call goes on where the first was cut off.
 
     Args:
-        source: folder of .txt, .md, .rst, .jsonl (field "text"), pictures, .wav and Megatron's .bin with .idx (whose
-            ids are then the given tokenizer's); NAME.txt beside NAME.png or NAME.wav is its caption.
+        source: folder of .txt, .md, .rst, .jsonl (field "text"), pictures, .wav, .csv (columns of numbers),
+            .safetensors (tensor "latents" [n, width]), byte files, and Megatron's .bin with .idx (whose ids are then
+            the given tokenizer's); NAME.txt beside NAME.png or another of these is its caption.
         out: folder to make.
         like: a data set whose tokenizer and codecs to use, so that both can be mixed; or
         tokenizer: a sentencepiece model or tokenizer.json for text alone; without both they are trained on the source.
@@ -212,24 +261,44 @@ def _train(source: Path, out: Path, config: EncodeConfig, tasks: list[Task]) -> 
         lines: list[str] = []
         for unit in units:
             names = [name for name in (unit.file, unit.caption) if Path(name).suffix in (*TEXT, ".jsonl")]
-            lines += [line for name in names for text in _texts(source / name) for line in text.split("\n")]
+            lines += [line for name in names for text in read_texts(source / name) for line in text.split("\n")]
             if sum(map(len, lines)) > _TRAIN_BYTES:
                 break
         tokenizer = TextTokenizer.train(lines, config.text_vocab)
-    codecs: dict[str, Codec] = {}
-    pictures = [source / unit.file for unit in units if Path(unit.file).suffix.lower() in IMAGE]
-    sounds = [source / unit.file for unit in units if Path(unit.file).suffix.lower() in SOUND]
-    if pictures:
-        side = (config.image_side, config.image_side)
-        images = np.stack([_picture(path, side) for path in pictures[:4096]])
-        codecs["image"] = PatchKMeans.train(images, patch=config.patch, n_codes=config.image_codes)
-    if sounds and config.voice_model:
-        codecs["voice"] = HubSpeech.open(config.voice_model, n_q=config.voice_quantisers)
-    elif sounds:
-        waves = [_sound(path, config.rate) for path in sounds[:1024]]
-        codecs["voice"] = LogMelKMeans.train(waves, rate=config.rate, hop=config.hop, n_codes=config.voice_codes)
+    codecs = _train_codecs(source, config, units)
     sizes = (tokenizer.vocab_size, *(codec.vocab_size for codec in codecs.values()))
     return Composer(Vocabulary(("text", *codecs), sizes), tokenizer, codecs)
+
+
+def _train_codecs(source: Path, config: EncodeConfig, units: Sequence[Unit]) -> dict[str, Codec]:
+    """A codec for every modality that the training files have, in bank order."""
+    files: dict[str, list[Path]] = {}
+    for unit in units:
+        files.setdefault(config.modality(unit.file), []).append(source / unit.file)
+    codecs: dict[str, Codec] = {}
+    side = (config.image_side, config.image_side)
+    if "image" in files and config.image_model:
+        codecs["image"] = open_picture_model(config.image_model, image_shape=side, dtype=config.latent_dtype)
+    elif "image" in files:
+        images = np.stack([read_picture(path, side) for path in files["image"][:4096]])
+        codecs["image"] = PatchKMeans.train(images, patch=config.patch, n_codes=config.image_codes)
+    if "voice" in files and config.voice_model:
+        codecs["voice"] = HubSpeech.open(config.voice_model, n_q=config.voice_quantisers)
+    elif "voice" in files:
+        waves = [read_sound(path, config.rate) for path in files["voice"][:1024]]
+        codecs["voice"] = LogMelKMeans.train(waves, rate=config.rate, hop=config.hop, n_codes=config.voice_codes)
+    if "bytes" in files:
+        codecs["bytes"] = ByteCodec()
+    if "series" in files and config.series_range:
+        low, high = config.series_range
+        codecs["series"] = SeriesCodec(low=low, high=high, bins=config.series_bins, law=config.series_law)
+    elif "series" in files:
+        columns = [column for path in files["series"] for column in read_series(path).values()]
+        codecs["series"] = SeriesCodec.train(columns, bins=config.series_bins, law=config.series_law)
+    if "latent" in files:
+        width = read_latents(files["latent"][0]).shape[1]
+        codecs["latent"] = GivenLatents(width=width, dtype=config.latent_dtype)
+    return codecs
 
 
 def run_task(source: Path, out: Path, config: EncodeConfig, composer: Composer, task: Task) -> tuple[str, int, int]:
@@ -237,17 +306,24 @@ def run_task(source: Path, out: Path, config: EncodeConfig, composer: Composer, 
     tar = out / task.shard
     if not tar.exists():
         marks = fingerprints(composer.vocabulary, composer.tokenizer, composer.codecs)
-        writer = ShardWriter(out, task.split, composer.vocabulary, marks, samples_per_shard=1 << 62, first=task.number)
+        writer = ShardWriter(
+            out,
+            task.split,
+            composer.vocabulary,
+            marks,
+            samples_per_shard=1 << 62,
+            first=task.number,
+            latents=LatentFormat.of(composer.codecs),
+        )
+        texts = [unit for unit in task.units if config.modality(unit.file) == "text"]
         with writer:
-            _write_texts(writer, composer, source, config, [u for u in task.units if not _is_media(u)])
-            for unit in filter(_is_media, task.units):
-                writer.write(_media_sample(composer, source, config, unit))
+            _write_texts(writer, composer, source, config, texts)
+            for unit in task.units:
+                if config.modality(unit.file) != "text":
+                    for sample in _media_samples(composer, source, config, unit):
+                        writer.write(sample)
     index = ShardIndex.load(index_path(tar))
     return task.shard, len(index), int(index.lengths.sum())
-
-
-def _is_media(unit: Unit) -> bool:
-    return Path(unit.file).suffix.lower() in (*IMAGE, *SOUND)
 
 
 def _write_texts(
@@ -259,8 +335,10 @@ def _write_texts(
     blocks = 0
     for unit in units:
         if unit.file.endswith(MEGATRON):
-            block += _megatron(source / unit.file, composer, config.max_tokens - 2)
-        for text in () if unit.file.endswith(MEGATRON) else _texts(source / unit.file):
+            limit = config.max_tokens - 2
+            for ids in read_megatron(source / unit.file, composer.tokenizer.vocab_size):
+                block += [composer.document([("text", ids[i : i + limit])]) for i in range(0, len(ids), limit)]
+        for text in () if unit.file.endswith(MEGATRON) else read_texts(source / unit.file):
             for piece, _ in cut_text(text, config.max_tokens - 2, composer.tokenizer.encode):
                 if piece.strip():
                     block.append(composer.document([("text", piece)]))
@@ -272,118 +350,65 @@ def _write_texts(
         writer.write_block(f"text-{units[0].number:08d}-{blocks:04d}", block, {"files": files})
 
 
-def _megatron(path: Path, composer: Composer, limit: int) -> Iterator[np.ndarray]:
-    """The documents of a Megatron .bin/.idx pair, whose ids are this tokenizer's, in pieces of up to `limit` tokens."""
-    try:
-        from megatron.core.datasets.indexed_dataset import IndexedDataset
-    except ImportError as error:
-        raise DataError(f"reading {path} needs megatron-core") from error
-    try:
-        found = IndexedDataset(str(path.with_suffix("")))
-    except Exception as error:  # damaged headers make it raise assertions and NumPy's errors
-        raise DataError(f"{path.with_suffix('.idx')} is no Megatron index ({type(error).__name__}: {error})") from error
-    edges = found.document_indices.tolist()
-    for start, end in zip(edges[:-1], edges[1:], strict=True):
-        ids = np.concatenate([np.asarray(found[i]) for i in range(start, end)] or [np.zeros(0)]).astype(np.int64)
-        if ids.size and (ids.min() < 0 or ids.max() >= composer.tokenizer.vocab_size):
-            raise DataError(
-                f"{path}: ids {ids.min()}..{ids.max()}, but the tokenizer has {composer.tokenizer.vocab_size}: give "
-                "the tokenizer that they were made with"
-            )
-        for i in range(0, len(ids), limit):
-            yield composer.document([("text", ids[i : i + limit])])
-
-
-def _media_sample(composer: Composer, source: Path, config: EncodeConfig, unit: Unit) -> Sample:
-    """A picture or sound and its caption, in the one order or the other, as one document."""
-    path = source / unit.file
-    modality = "image" if path.suffix.lower() in IMAGE else "voice"
+def _media_samples(composer: Composer, source: Path, config: EncodeConfig, unit: Unit) -> Iterator[Sample]:
+    """What a file holds and its caption, in the one order or the other: one document, or several of a long file."""
+    path, modality = source / unit.file, config.modality(unit.file)
     if modality not in composer.codecs:
         raise DataError(f"{path}: there is no codec for {modality}; use --like a data set that has one")
+    caption = next(read_texts(source / unit.caption), "").strip() if unit.caption else ""
+    local = composer.local_codes("text", caption)
+    room = config.max_tokens - 4 - len(local)
+    pieces = _contents(composer, config, path, modality, room)
+    for number, (content, name) in enumerate(pieces):
+        spans: list[Span] = [(modality, content)]
+        lengths = [(modality, len(content) + 2)]
+        kind = modality
+        if caption:
+            spans.append(("text", local))
+            lengths.append(("text", len(local)))
+            kind = f"{modality}-caption"
+            if zlib.crc32(unit.file.encode()) & 1:
+                spans.reverse()
+                lengths.reverse()
+                kind = f"caption-{modality}"
+        yield Sample(
+            key=f"{modality}-{unit.number:08d}" + (f"-{number:06d}" if modality in _LONG else ""),
+            kind=kind,
+            tokens=composer.document(spans),
+            spans=lengths,
+            text=caption or None,
+            png=picture_as_png(path) if modality == "image" else None,
+            wav=path.read_bytes() if modality == "voice" else None,
+            meta={"file": unit.file, **({"column": name} if name else {})},
+            latents=composer.latents(spans),
+        )
+
+
+_LONG = ("bytes", "series")  # what may be cut into several documents
+
+
+def _contents(
+    composer: Composer, config: EncodeConfig, path: Path, modality: str, room: int
+) -> Iterator[tuple[np.ndarray, str]]:
+    """(codes int64 [n] or latents float [n, width], name of the column or "") of every document of a file."""
     codec = composer.codecs[modality]
+    if modality in _LONG and room < 1:
+        raise DataError(f"{path}: its caption leaves no room for {modality} in {config.max_tokens} tokens")
     if modality == "image":
-        shape = codec.image_shape if isinstance(codec, PatchKMeans) else (config.image_side, config.image_side)
-        codes = codec.encode(_picture(path, shape))
-    else:
-        codes = codec.encode(_sound(path, codec.rate if isinstance(codec, LogMelKMeans | HubSpeech) else config.rate))
-    spans: list[Span] = [(modality, codes)]
-    lengths = [(modality, len(codes) + 2)]
-    caption = next(_texts(source / unit.caption), "").strip() if unit.caption else ""
-    kind = modality
-    if caption:
-        local = composer.local_codes("text", caption)
-        spans.append(("text", local))
-        lengths.append(("text", len(local)))
-        kind = f"{modality}-caption"
-        if zlib.crc32(unit.file.encode()) & 1:
-            spans.reverse()
-            lengths.reverse()
-            kind = f"caption-{modality}"
-    return Sample(
-        key=f"{modality}-{unit.number:08d}",
-        kind=kind,
-        tokens=composer.document(spans),
-        spans=lengths,
-        text=caption or None,
-        png=_png(path) if modality == "image" else None,
-        wav=path.read_bytes() if modality == "voice" else None,
-        meta={"file": unit.file},
-    )
-
-
-def _texts(path: Path) -> Iterator[str]:
-    """The texts of a file: the whole file, or one per line of a .jsonl."""
-    try:
-        content = path.read_bytes().decode("utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"cannot read {path}: {error}") from error
-    if path.suffix != ".jsonl":
-        yield content
-        return
-    for number, line in enumerate(content.splitlines(), 1):
+        shape = getattr(codec, "image_shape", (config.image_side, config.image_side))
+        yield codec.encode(read_picture(path, shape, channels=getattr(codec, "channels", 1))), ""
+    elif modality == "voice":
+        yield codec.encode(read_sound(path, getattr(codec, "rate", config.rate))), ""
+    elif modality == "latent":
         try:
-            text = json.loads(line)["text"] if line.strip() else ""
-        except (ValueError, KeyError, TypeError) as error:
-            raise DataError(f"{path}, line {number}: no JSON object with a field text ({error!r})") from error
-        if not isinstance(text, str):
-            raise DataError(f"{path}, line {number}: text is {type(text).__name__}, not a string")
-        yield text
-
-
-def _picture(path: Path, shape: tuple[int, int]) -> np.ndarray:
-    """uint8 [height, width], grey."""
-    try:
-        from PIL import Image
-    except ImportError as error:
-        raise DataError("reading pictures needs Pillow: pip install polylepis[quickstart]") from error
-    try:
-        with Image.open(path) as image:
-            return np.asarray(image.convert("L").resize((shape[1], shape[0])))
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path} is no picture ({error})") from error
-
-
-def _png(path: Path) -> bytes:
-    from PIL import Image
-
-    buffer = io.BytesIO()
-    with Image.open(path) as image:
-        image.convert("RGB").save(buffer, format="PNG")
-    return buffer.getvalue()
-
-
-def _sound(path: Path, rate: int) -> np.ndarray:
-    """int16 [n], the mean of the channels."""
-    try:
-        with wave.open(str(path), "rb") as file:
-            channels, width, found = file.getnchannels(), file.getsampwidth(), file.getframerate()
-            data = file.readframes(file.getnframes())
-    except (OSError, wave.Error, EOFError) as error:
-        raise DataError(f"{path} is no PCM .wav ({error})") from error
-    if width != 2 or found != rate or not data:
-        raise DataError(f"{path}: 16-bit samples at {rate} Hz are needed, got {8 * width}-bit at {found} Hz")
-    samples = np.frombuffer(data[: len(data) // (2 * channels) * 2 * channels], dtype="<i2").reshape(-1, channels)
-    return samples.mean(axis=1).astype(np.int16)
+            yield codec.encode(read_latents(path)), ""
+        except DataError as error:
+            raise DataError(f"{path}: {error}") from error
+    else:
+        columns = {"": read_bytes(path)} if modality == "bytes" else read_series(path)
+        for name, column in columns.items():
+            codes = codec.encode(column)
+            yield from ((codes[i : i + room], name) for i in range(0, len(codes), room))
 
 
 def finished(out: Path) -> Dataset | None:

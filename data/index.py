@@ -19,6 +19,7 @@ import numpy as np
 
 from .errors import DataError
 from .files import sha256_file, write_atomic
+from .latents import MEMBER, LatentRows, parse_member
 
 INDEX_VERSION = 1
 BLOCK = 512  # bytes of a tar block
@@ -53,6 +54,7 @@ class ShardIndex:
         token_crc32: uint32 [n], of those bytes.
         lengths: int64 [n] tokens of the document; modality_lengths: int64 [n, M], summing to it.
         starts: int64 [groups + 1], where each group of members begins and the last ends; known after a scan only.
+        latents: where the continuous latents are; None for a shard without any (its header then lacks `latents`).
 
     A document is a sample of its own, or one of many in a block ("KEY/17" is the 17th of block KEY): then they share
     the span, and have their own token offsets.
@@ -68,6 +70,7 @@ class ShardIndex:
     lengths: np.ndarray
     modality_lengths: np.ndarray
     starts: np.ndarray | None = None
+    latents: LatentRows | None = None
 
     _ARRAYS: ClassVar[tuple[str, ...]] = (
         "keys",
@@ -87,8 +90,14 @@ class ShardIndex:
         """Writes the index as an .npz without pickle, atomically and with the same bytes for the same shard."""
         buffer = io.BytesIO()
         header = np.frombuffer(json.dumps(self.header, sort_keys=True).encode(), dtype=np.uint8)
-        np.savez(buffer, header=header, **{name: getattr(self, name) for name in self._ARRAYS})
+        arrays: dict[str, Any] = self.arrays()
+        np.savez(buffer, header=header, **arrays)
         write_atomic(path, buffer.getvalue())
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """All arrays by name, as they are stored."""
+        latents = self.latents.arrays() if self.latents else {}
+        return {name: getattr(self, name) for name in self._ARRAYS} | latents
 
     @classmethod
     def load(cls, path: Path) -> ShardIndex:
@@ -100,7 +109,9 @@ class ShardIndex:
             with np.load(path, allow_pickle=False) as archive:
                 header = json.loads(archive["header"].tobytes())
                 arrays = {name: archive[name] for name in cls._ARRAYS}
-            problem = None if isinstance(header, dict) else "its header is no table"
+                problem = None if isinstance(header, dict) else "its header is no table"
+                stored = not problem and "latents" in header
+                latents = LatentRows(*(archive[name] for name in LatentRows.ARRAYS)) if stored else None
         except Exception as error:  # damaged bytes make zipfile, zlib, json and NumPy raise almost anything
             raise DataError(f"index {path} is damaged ({type(error).__name__}: {error}){hint}") from error
         if problem:
@@ -108,9 +119,11 @@ class ShardIndex:
         if header.get("version") != INDEX_VERSION:
             raise DataError(f"index {path} has version {header.get('version')}, this reads {INDEX_VERSION}{hint}")
         problem = _contradiction(header, arrays)
+        if not problem and latents:
+            problem = latents.contradiction(header, arrays["modality_lengths"])
         if problem:
             raise DataError(f"index {path} is damaged ({problem}){hint}")
-        return cls(header=header, **arrays)
+        return cls(header=header, latents=latents, **arrays)
 
 
 def _contradiction(header: dict[str, Any], arrays: dict[str, np.ndarray]) -> str | None:
@@ -247,14 +260,26 @@ class TextReading:
     encode: Callable[[str], list[int]]
 
 
+class _Latents(NamedTuple):
+    """Offset, size and crc32 of a document's vectors, their number by modality, and what they are."""
+
+    offset: int
+    size: int
+    crc32: int
+    counts: list[int]
+    width: int
+    dtype: str
+
+
 class _Document(NamedTuple):
-    """One row: key, offset, size and crc32 of the token (or text) bytes, tokens by modality."""
+    """One row: key, offset, size and crc32 of the token (or text) bytes, tokens by modality, latents."""
 
     key: bytes
     offset: int
     size: int
     crc32: int
     counts: list[int]
+    latents: _Latents | None = None
 
 
 def scan_shard(path: Path, *, name: str | None = None, reading: TextReading | None = None) -> ShardIndex:
@@ -308,6 +333,7 @@ def scan_shard(path: Path, *, name: str | None = None, reading: TextReading | No
     table = np.array(spans, dtype=np.int64)
     header = {"version": INDEX_VERSION, "tar": name, "bytes": size, "sha256": sha256_file(path), **common}
     counts = np.array([document.counts for document in documents], dtype=np.int64)
+    latents = _latent_rows(documents, header, name)
     return ShardIndex(
         header=header,
         keys=np.array([document.key for document in documents]),
@@ -319,7 +345,24 @@ def scan_shard(path: Path, *, name: str | None = None, reading: TextReading | No
         lengths=counts.sum(axis=1),
         modality_lengths=counts,
         starts=np.array(starts, dtype=np.int64),
+        latents=latents,
     )
+
+
+def _latent_rows(documents: list[_Document], header: dict[str, Any], name: str) -> LatentRows | None:
+    """The documents' latents, whose width and type go into the header; None without any."""
+    found = [document.latents for document in documents if document.latents]
+    kinds = sorted({(one.width, one.dtype) for one in found})
+    if not kinds:
+        return None
+    if len(kinds) > 1:
+        raise DataError(f"{name}: latents of one shard have one width and type, here are {kinds}")
+    header["latents"] = {"width": kinds[0][0], "dtype": kinds[0][1]}
+    none = _Latents(0, 0, 0, [0] * len(header["modalities"]), 0, "")
+    rows = [document.latents or none for document in documents]
+    offsets, sizes = (np.array([getattr(row, field) for row in rows], dtype=np.int64) for field in ("offset", "size"))
+    crc32 = np.array([row.crc32 for row in rows], dtype=np.uint32)
+    return LatentRows(offsets, sizes, crc32, np.array([row.counts for row in rows], dtype=np.int64))
 
 
 def _scan_sample(file: BinaryIO, group: list[Member], name: str) -> tuple[dict[str, Any], list[_Document]]:
@@ -346,7 +389,8 @@ def _scan_sample(file: BinaryIO, group: list[Member], name: str) -> tuple[dict[s
     base = member.offset + member.size - tokens.nbytes
     if not block:
         key = group[0].key.encode()
-        return meta, [_Document(key, base, tokens.nbytes, zlib.crc32(tokens.tobytes()), counts)]
+        latents = _scan_latents(file, members[MEMBER], meta, counts, where) if MEMBER in members else None
+        return meta, [_Document(key, base, tokens.nbytes, zlib.crc32(tokens.tobytes()), counts, latents)]
     ends = _array(_payload(file, members["off.npy"]), f"{where}: off.npy", ("<u4", "<u8")).astype(np.int64)
     if len(ends) < 2 or ends[0] != 0 or ends[-1] != tokens.size or (np.diff(ends) < 1).any() or any(counts[1:]):
         raise DataError(f"{where}: off.npy must ascend from 0 to {tokens.size}, and all tokens of a block be text")
@@ -359,6 +403,21 @@ def _scan_sample(file: BinaryIO, group: list[Member], name: str) -> tuple[dict[s
         key = f"{group[0].key}/{i}".encode()
         documents.append(_Document(key, base + a * width, (b - a) * width, crc32, [b - a, *zeros]))
     return meta, documents
+
+
+def _scan_latents(file: BinaryIO, member: Member, meta: dict[str, Any], lengths: list[int], where: str) -> _Latents:
+    """The vectors of a sample, whose numbers by modality its json must hold."""
+    payload = _payload(file, member)
+    rows, width, dtype = parse_member(payload, where)
+    try:
+        counts = [int(meta["latents"].get(modality, 0)) for modality in meta["modalities"]]
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+        raise DataError(f"{where}: its json does not say how many latents each modality has ({error!r})") from error
+    if sum(counts) != rows or any(not 0 <= n <= most for n, most in zip(counts, lengths, strict=True)):
+        raise DataError(f"{where}: {rows} latents, its json says {counts} of {lengths} tokens")
+    size = rows * width * 2
+    vectors = payload[len(payload) - size :]
+    return _Latents(member.offset + member.size - size, size, zlib.crc32(vectors), counts, width, dtype)
 
 
 def _scan_text(file: BinaryIO, group: list[Member], name: str, reading: TextReading) -> list[_Document]:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from .compose import Composer
-from .dataset import MANIFEST, Dataset, find_tokenizer, read_manifest, text_reading
+from .dataset import MANIFEST, Dataset, Split, find_tokenizer, read_manifest, text_reading
 from .errors import DataError
 from .index import ShardIndex, energon_path, index_path, save_energon, scan_shard
 from .packing import PackPlan, permute, shuffle_quality
@@ -62,7 +62,17 @@ def tree(datasets: Mapping[str, Dataset]) -> Iterator[str]:
             counts = dict(zip(dataset.vocabulary.modalities, split.modality_lengths.sum(axis=0).tolist(), strict=True))
             for modality, count in counts.items():
                 end = "└─" if modality == dataset.vocabulary.modalities[-1] else "├─"
-                yield f"{'   ' if last else '│  '}{end} {modality}  {count:,d}"
+                more = _of_which_latents(split, modality, dataset)
+                yield f"{'   ' if last else '│  '}{end} {modality}  {count:,d}{more}"
+
+
+def _of_which_latents(split: Split, modality: str, dataset: Dataset) -> str:
+    """How many of a continuous modality's tokens are slots, and what their latents are; "" for a discrete one."""
+    form, rows = split.latent_format, split.latent_rows
+    if form is None or rows is None or modality not in form.modalities:
+        return ""
+    count = int(rows.latent_counts[:, dataset.vocabulary.modality_id(modality)].sum())
+    return f", of which {count:,d} latents of {form.width} x {form.dtype}"
 
 
 def describe(dataset: Dataset, *, seq_len: int, window: int, samples: int, seed: int) -> Iterator[str]:
@@ -101,7 +111,7 @@ def describe(dataset: Dataset, *, seq_len: int, window: int, samples: int, seed:
     for sample in shown.tolist():
         yield ""
         yield f"{split.key(sample)} ({split.meta(sample)['kind']}, {split.lengths[sample]} tokens)"
-        for modality, content in dataset.composer.decode(split.tokens(sample)):
+        for modality, content in dataset.composer.decode(split.tokens(sample), split.vectors(sample)):
             yield from _content(modality, content)
 
 
@@ -112,6 +122,10 @@ def _content(modality: str, content: str | np.ndarray) -> Iterator[str]:
         yield f"  {modality}: {text if len(text) <= 100 else text[:97] + '...'}"
         return
     yield f"  {modality}: {content.dtype} {list(content.shape)}"
+    if content.ndim == 1 and content.dtype == np.uint8:
+        yield f"    {bytes(content[:32]).hex(' ')}"
+    elif content.ndim == 1 and content.dtype == np.float32:
+        yield "    " + " ".join(f"{value:.4g}" for value in content[:12].tolist())
     if content.ndim != 2:
         return
     # Voice is time x bands: turn it, so that time runs to the right and high bands stand on top; every third is shown.

@@ -20,9 +20,13 @@ class MockSplit:
     vocabulary: Vocabulary
     lengths: np.ndarray
     modality_lengths: np.ndarray
+    latent_rows: None = None
 
     def __len__(self) -> int:
         return len(self.lengths)
+
+    def latents(self, sample: int) -> None:
+        """There are none."""
 
     def where(self, sample: int) -> str:
         """For messages."""
@@ -62,6 +66,7 @@ class MockDataset:
             )
         sizes = (vocab_size - N_SPECIALS - share * (count - 1), *[share] * (count - 1))
         self.vocabulary = Vocabulary(tuple(modalities), sizes)
+        self.latent_format = None
         self.identity = f"mock-{count}-{vocab_size}-{max_length}"
         lengths = np.random.default_rng(5).integers(shortest, max_length + 1, 4096)
         modality_lengths = np.zeros((len(lengths), count), dtype=np.int64)

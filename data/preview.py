@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .codecs import HubSpeech, LogMelKMeans
+from .codecs import HubSpeech, LogMelKMeans, SeriesCodec
 from .dataset import Dataset, Split
 from .files import write_atomic
 from .packing import PackPlan, permute
@@ -126,11 +126,19 @@ def _sample(dataset: Dataset, split: Split, sample: int) -> Iterator[str]:
     meta, members = split.meta(sample), split.members(sample)
     head = html.escape(f"{split.key(sample)} · {meta['kind']} · {split.lengths[sample]} tokens")
     yield f"<div class=sample><small>{head}</small><br>"
-    for modality, content in dataset.composer.decode(split.tokens(sample)):
+    for modality, content in dataset.composer.decode(split.tokens(sample), split.vectors(sample)):
         if isinstance(content, str):
             yield f"<p>{html.escape(content)}</p>"
-        elif modality == "image" and content.ndim in (2, 3):
+        elif content.dtype == np.uint8 and content.ndim in (2, 3):
             yield _image(content, "decoded from its codes")
+        elif content.dtype == np.uint8:
+            yield f"<pre>{html.escape(hex_dump(content))}</pre>"
+        elif isinstance(dataset.codecs.get(modality), SeriesCodec):
+            yield _line(content)
+        elif dataset.composer.is_continuous(modality):
+            low, high = float(content.min()), float(content.max())
+            grey = np.rint((content.T - low) / max(high - low, 1e-9) * 255).astype(np.uint8)
+            yield _image(grey, f"{len(content)} latents of width {content.shape[-1]}, {low:.3g} to {high:.3g}")
         elif isinstance(codec := dataset.codecs.get(modality), LogMelKMeans):
             yield _sound(_wav(codec.to_waveform(content), codec.rate), "from its codes")
         elif isinstance(codec, HubSpeech):
@@ -143,6 +151,31 @@ def _sample(dataset: Dataset, split: Split, sample: int) -> Iterator[str]:
     if "wav" in members:
         yield _sound(members["wav"], "original")
     yield "</div>"
+
+
+def hex_dump(data: np.ndarray, *, most: int = 256) -> str:
+    """Offset, bytes and ASCII of up to `most` bytes uint8 [n], sixteen a line."""
+    lines = []
+    for start in range(0, min(len(data), most), 16):
+        row = data[start : start + 16].tolist()
+        text = "".join(chr(byte) if 32 <= byte < 127 else "." for byte in row)
+        lines.append(f"{start:06x}  {' '.join(f'{byte:02x}' for byte in row):47}  {text}")
+    return "\n".join([*lines, *([f"… {len(data):,d} bytes"] if len(data) > most else [])])
+
+
+def _line(values: np.ndarray) -> str:
+    """A series as a line; a missing value interrupts it."""
+    known = values[np.isfinite(values)]
+    low, high = (float(known.min()), float(known.max())) if known.size else (0.0, 0.0)
+    y = 58 - (values - low) / max(high - low, 1e-9) * 56
+    steps: list[str] = []
+    for x, height in zip(np.linspace(1, 639, len(values)).tolist(), y.tolist(), strict=True):
+        # After a gap, or at the beginning, the pen is set down anew.
+        steps.append("" if np.isnan(height) else f"{'L' if steps and steps[-1] else 'M'}{x:.1f} {height:.1f}")
+    return (
+        f'<svg width="640" height="60" role="img"><title>{len(values)} values from {low:.4g} to {high:.4g}</title>'
+        f'<path d="{" ".join(steps)}" fill="none" stroke="#357"/></svg><small> {low:.4g} … {high:.4g}</small>'
+    )
 
 
 def _image(pixels: np.ndarray, title: str) -> str:

@@ -29,6 +29,9 @@ class QuarantineConfig:
         max_per_source: bad samples of one source that are borne; 0 stops at the first.
         max_share: share of a global batch's tokens that may be masked.
         max_streak: steps in a row that may find new ones.
+        window: steps over which the next two count, the current one included.
+        max_per_window: new bad samples of one source within a window; None sets no limit beside `max_per_source`.
+        max_window_share: share of the positions of a window's global batches (rows x seq_len) that may be masked.
 
     Raises:
         DataError: a limit below zero.
@@ -37,6 +40,9 @@ class QuarantineConfig:
     max_per_source: int = 0
     max_share: float = 0.05
     max_streak: int = 8
+    window: int = 100
+    max_per_window: int | None = None
+    max_window_share: float = 0.02
 
     __pydantic_config__ = {"extra": "forbid"}
 
@@ -45,6 +51,12 @@ class QuarantineConfig:
             raise DataError(
                 f"quarantine: max_per_source >= 0, max_share in 0..1 and max_streak >= 1 are needed, got "
                 f"{self.max_per_source}, {self.max_share} and {self.max_streak}"
+            )
+        per_window = 0 if self.max_per_window is None else self.max_per_window
+        if self.window < 1 or per_window < 0 or not 0.0 <= self.max_window_share <= 1.0:
+            raise DataError(
+                "quarantine: window >= 1, max_per_window >= 0 (or none) and max_window_share in 0..1 are needed, got "
+                f"{self.window}, {self.max_per_window} and {self.max_window_share}"
             )
 
 
@@ -69,23 +81,34 @@ class Ledger:
         names: of the sources.
         entries: what a checkpoint holds.
         streak: steps in a row, up to now, that found new ones.
+        masked: (step, tokens masked) of the steps of the last window that had any.
     """
 
     def __init__(
-        self, config: QuarantineConfig, names: Sequence[str], entries: Iterable[Sequence[int]] = (), streak: int = 0
+        self,
+        config: QuarantineConfig,
+        names: Sequence[str],
+        entries: Iterable[Sequence[int]] = (),
+        streak: int = 0,
+        masked: Iterable[Sequence[int]] = (),
     ) -> None:
         self.config, self.names = config, names
         self.entries = {(entry[0], entry[1]): Entry(*map(int, entry)) for entry in entries}
         self.streak = streak
+        self.masked = [(int(step), int(tokens)) for step, tokens in masked]
 
     def __contains__(self, at: tuple[int, int]) -> bool:
         """Whether (source, sample) is listed."""
         return at in self.entries
 
     def with_new(self, found: Sequence[Entry]) -> Ledger:
-        """A ledger with what a step found (the same list on every rank); DataError past `max_per_source` or streak."""
+        """A ledger with what a step found (the same list on every rank).
+
+        Raises:
+            DataError: past `max_per_source`, `max_per_window` or `max_streak`.
+        """
         news = {entry[:2]: entry for entry in sorted(found) if entry[:2] not in self.entries}
-        grown = Ledger(self.config, self.names, streak=self.streak + 1 if news else 0)
+        grown = Ledger(self.config, self.names, streak=self.streak + 1 if news else 0, masked=self.masked)
         grown.entries = {**self.entries, **news}
         if not news:
             return grown
@@ -96,6 +119,13 @@ class Ledger:
                 raise DataError(
                     f"step {first.step}: {count} bad samples in source {name}, quarantine.max_per_source is "
                     f"{self.config.max_per_source} (the newest: sample {first.sample}, {first.why})"
+                )
+            limit, since = self.config.max_per_window, first.step - self.config.window
+            recent = sum(entry.source == number and entry.step > since for entry in grown.entries.values())
+            if limit is not None and recent > limit:
+                raise DataError(
+                    f"step {first.step}: {recent} new bad samples in source {name} within {self.config.window} steps, "
+                    f"quarantine.max_per_window is {limit} (the newest: sample {first.sample}, {first.why})"
                 )
         if grown.streak > self.config.max_streak:
             raise DataError(
@@ -112,6 +142,23 @@ class Ledger:
                 f"step {step}: {masked} of {tokens} tokens are in quarantine, more than quarantine.max_share "
                 f"{self.config.max_share}"
             )
+
+    def with_masked(self, step: int, masked: int, positions: int) -> Ledger:
+        """A ledger that knows what a step masked of its `positions`; DataError past the window's share.
+
+        The window always counts as full: at the start of a run one bad sample is a small share of it, as later.
+        """
+        recent = [(s, tokens) for s, tokens in self.masked if step - self.config.window < s < step]
+        recent += [(step, masked)] if masked else []
+        total, whole = sum(tokens for _, tokens in recent), positions * self.config.window
+        if total > self.config.max_window_share * whole:
+            raise DataError(
+                f"step {step}: {total} of {whole} positions of {self.config.window} steps are in quarantine, more than "
+                f"quarantine.max_window_share {self.config.max_window_share}"
+            )
+        grown = Ledger(self.config, self.names, streak=self.streak, masked=recent)
+        grown.entries = self.entries
+        return grown
 
 
 def tell(found: Sequence[Entry], group: dist.ProcessGroup | None) -> list[Entry]:

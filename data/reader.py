@@ -15,9 +15,8 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
-from torch.utils.data import DataLoader
 
-from .batch import Batch, collate
+from .batch import Batch, Slots, add_latents, collate
 from .errors import BadSampleError, DataError
 from .plan import Planner, Position, StepPlan
 
@@ -35,6 +34,8 @@ class Samples(Protocol):
     def modality_lengths(self) -> np.ndarray: ...
 
     def tokens(self, sample: int) -> np.ndarray: ...
+
+    def latents(self, sample: int) -> np.ndarray | None: ...
 
     def where(self, sample: int) -> str: ...
 
@@ -64,6 +65,7 @@ class Reader:
         splits: per source.
         seq_len, table, weights: see `batch.collate`.
         stall_seconds: after so long on one sample its shard and offset are logged.
+        slots: how continuous latents go into the batch, where there are such.
     """
 
     def __init__(
@@ -74,25 +76,44 @@ class Reader:
         table: np.ndarray,
         weights: np.ndarray,
         stall_seconds: float,
+        slots: Slots | None = None,
     ) -> None:
-        self.splits, self.seq_len = splits, seq_len
+        self.splits, self.seq_len, self.slots = splits, seq_len, slots
         self.table, self.weights, self.stall_seconds = table, weights, stall_seconds
 
     def __getitem__(self, order: Order) -> Found:
-        rows, bad = [], []
+        rows, latents, bad = [], [], []
         with Watch(self.stall_seconds) as watch:
             for source, samples in order.packs:
-                row = []
+                row, vectors = [], []
                 for sample in samples:
                     watch.at(self.splits[source].where, sample)
                     try:
-                        row.append(self.splits[source].tokens(sample))
+                        tokens, found = self._sample(source, sample)
+                        row.append(tokens)
+                        vectors += [found] if found is not None else []
                     except BadSampleError as error:
                         bad.append((source, sample, BadSampleError.REASONS.index(error.reason), str(error)))
                         # Any tokens do: the stream masks the slot.
                         row.append(np.zeros(int(self.splits[source].lengths[sample]), dtype=np.int64))
                 rows.append(row)
-        return Found(collate(rows, self.seq_len, self.table, self.weights, max_documents=order.most), bad)
+                latents.append(vectors)
+        batch = collate(rows, self.seq_len, self.table, self.weights, max_documents=order.most)
+        if self.slots is not None:
+            add_latents(batch, latents, self.slots, self.weights)
+        return Found(batch, bad)
+
+    def _sample(self, source: int, sample: int) -> tuple[np.ndarray, np.ndarray | None]:
+        """Tokens and latents of a document; BadSampleError also when they do not belong together."""
+        split = self.splits[source]
+        tokens = split.tokens(sample)
+        if self.slots is None:
+            return tokens, None
+        latents = split.latents(sample)
+        given, needed = 0 if latents is None else len(latents), int(self.slots.table[tokens].sum())
+        if given != needed:
+            raise BadSampleError("undecodable", f"{split.where(sample)}: {needed} slots, but {given} latents")
+        return tokens, latents
 
 
 class Watch:
@@ -190,6 +211,8 @@ class Ahead:
                 self._planned.append(plan)
                 here = plan.after
                 yield self.cut(plan)
+
+        from torch.utils.data import DataLoader
 
         # A fork of a process that has threads (collectives, CUDA) can hang: the server forks before there are any.
         context = multiprocessing.get_context("forkserver")

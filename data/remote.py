@@ -1,8 +1,9 @@
 """Data sets behind a URL: any file system that fsspec knows, through a cache that the processes of a node share.
 
 A shard is fetched whole when its first sample is read, checked against the manifest (size and sha256), and renamed into
-the cache; the least recently used shards make room. Nothing is unpickled, no shell is started, and the only lock is one
-on a file that is being downloaded.
+the cache; the least recently used shards make room. Of a shard that is larger than the cache, or than a set size, only
+the bytes of each sample are read, and checked by length and crc32. Nothing is unpickled, no shell is started, and the
+only lock is one on a file that is being downloaded.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import logging
 import os
 import random
 import time
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -38,7 +40,9 @@ class RemoteFolder:
     Args:
         url: of the folder.
         cache: local folder for all data sets (default: $POLYLEPIS_CACHE, else ~/.cache/polylepis).
-        cache_bytes: shards of this data set kept at most (default: $POLYLEPIS_CACHE_GB, else 100 GB); one always fits.
+        cache_bytes: shards of this data set kept at most (default: $POLYLEPIS_CACHE_GB, else 100 GB).
+        range_bytes: of larger shards only the ranges of samples are read (default: $POLYLEPIS_RANGE_GB, else 4 GB), as
+            of those larger than the cache; a cache of 0 therefore keeps no shard at all.
         first_wait: seconds; the first retry waits up to this long, each further one up to twice as long.
 
     Raises:
@@ -46,7 +50,13 @@ class RemoteFolder:
     """
 
     def __init__(
-        self, url: str, *, cache: Path | None = None, cache_bytes: int | None = None, first_wait: float = 0.2
+        self,
+        url: str,
+        *,
+        cache: Path | None = None,
+        cache_bytes: int | None = None,
+        range_bytes: int | None = None,
+        first_wait: float = 0.2,
     ) -> None:
         from fsspec.core import url_to_fs
 
@@ -57,14 +67,35 @@ class RemoteFolder:
             raise DataError(f"{url}: no file system for it here ({' '.join(str(error).split())})") from error
         base = cache or Path(os.environ.get("POLYLEPIS_CACHE", Path.home() / ".cache" / "polylepis"))
         self.local = base / hashlib.sha256(self.url.encode()).hexdigest()[:24]
-        gigabytes = float(os.environ.get("POLYLEPIS_CACHE_GB", "100"))
-        self.cache_bytes = int(gigabytes * 1e9) if cache_bytes is None else cache_bytes
+        self.cache_bytes = _gigabytes("POLYLEPIS_CACHE_GB", 100) if cache_bytes is None else cache_bytes
+        self.range_bytes = _gigabytes("POLYLEPIS_RANGE_GB", 4) if range_bytes is None else range_bytes
         self.first_wait = first_wait
         self.local.mkdir(parents=True, exist_ok=True)
 
     def size(self, name: str) -> int:
         """Bytes of a remote file; DataError when it is missing or cannot be reached."""
         return int(self._again(name, lambda: self._fs.info(f"{self._path}/{name}")["size"]))
+
+    def by_ranges(self, size: int) -> bool:
+        """Whether a shard of so many bytes is read by ranges, and not fetched."""
+        return size > min(self.cache_bytes, self.range_bytes)
+
+    def read_range(self, name: str, offset: int, size: int, *, crc32: int | None = None) -> bytes:
+        """`size` bytes of a remote file at `offset`, asked for again while they are too few or not of this crc32.
+
+        Raises:
+            DataError: as `fetch`.
+        """
+
+        def attempt() -> bytes:
+            data = bytes(self._fs.cat_file(f"{self._path}/{name}", start=offset, end=offset + size))
+            if len(data) != size:
+                raise OSError(f"{len(data)} of {size} bytes came at offset {offset}")
+            if crc32 is not None and zlib.crc32(data) != crc32:
+                raise OSError(f"crc32 {zlib.crc32(data):08x} at offset {offset}, the index says {crc32:08x}")
+            return data
+
+        return self._again(name, attempt)
 
     def fetch(self, name: str, *, size: int | None = None, sha256: str | None = None, fresh: bool = False) -> Path:
         """The local copy of a remote file, downloaded if it is not there yet.
@@ -139,8 +170,20 @@ class RemoteFolder:
                 total -= size
 
 
+def _gigabytes(variable: str, default: float) -> int:
+    """Bytes that an environment variable gives in GB; DataError when it is no such number."""
+    text = os.environ.get(variable, str(default))
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < float("inf"):
+        raise DataError(f"{variable} is {text!r}; a number of gigabytes >= 0 is needed")
+    return int(value * 1e9)
+
+
 class RemoteShards(ShardFiles):
-    """Shards of a `RemoteFolder`, fetched when they are first read.
+    """Shards of a `RemoteFolder`, fetched when they are first read, or read by ranges.
 
     Args:
         folder: where they are.
@@ -153,12 +196,16 @@ class RemoteShards(ShardFiles):
 
     def read(self, shard: int, offset: int, size: int) -> bytes:
         """As `ShardFiles.read`; what cannot be fetched is a BadSampleError."""
+        if self._by_ranges(shard):
+            return self._range(shard, offset, size)
         if shard not in self._open:
             self._fetch(shard, fresh=False)
         return super().read(shard, offset, size)
 
     def read_checked(self, shard: int, offset: int, size: int, crc32: int, key: str) -> bytes:
         """As `ShardFiles.read_checked`; a copy that has gone bad is fetched once more."""
+        if self._by_ranges(shard):
+            return self._range(shard, offset, size, crc32=crc32, key=key)
         try:
             return super().read_checked(shard, offset, size, crc32, key)
         except BadSampleError as error:
@@ -167,6 +214,18 @@ class RemoteShards(ShardFiles):
             log.warning("%s; fetching the shard again", error)
             self._fetch(shard, fresh=True)
             return super().read_checked(shard, offset, size, crc32, key)
+
+    def _by_ranges(self, shard: int) -> bool:
+        """A copy that is there already is used all the same."""
+        whole = self.entries[shard]["bytes"]
+        return shard not in self._open and self.folder.by_ranges(whole) and not self.paths[shard].exists()
+
+    def _range(self, shard: int, offset: int, size: int, *, crc32: int | None = None, key: str = "") -> bytes:
+        try:
+            return self.folder.read_range(self.entries[shard]["name"], offset, size, crc32=crc32)
+        except DataError as error:
+            which = f" ({key!r} at offset {offset})" if key else f" (at offset {offset})"
+            raise BadSampleError("unreadable", f"{error}{which}") from error
 
     def _fetch(self, shard: int, *, fresh: bool) -> None:
         entry = self.entries[shard]

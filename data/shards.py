@@ -21,6 +21,7 @@ import numpy as np
 from .errors import BadSampleError, DataError
 from .files import fsync_folder
 from .index import ShardIndex, energon_path, index_path, save_energon, scan_shard
+from .latents import MEMBER, LatentFormat, slot_counts, slot_table, to_bits, to_member
 from .vocabulary import Vocabulary
 
 
@@ -35,6 +36,7 @@ class Sample:
         spans: (modality, number of tokens with begin and end) in order; bos and eos are not in a span.
         text, png, wav: what the document was made from, where it has any.
         meta: further JSON-able facts (digit, caption, ...).
+        latents: float [n, width], one vector per slot among the tokens, where there are any.
     """
 
     key: str
@@ -45,6 +47,7 @@ class Sample:
     png: bytes | None = None
     wav: bytes | None = None
     meta: dict[str, Any] = field(default_factory=dict)
+    latents: np.ndarray | None = None
 
 
 class ShardWriter:
@@ -60,6 +63,7 @@ class ShardWriter:
         fingerprints: name -> fingerprint of the vocabulary, tokenizer and codecs, stored with every sample.
         samples_per_shard: shards are cut after this many documents.
         first: number of the first shard.
+        latents: what the latents of continuous modalities are, where there are such.
 
     Raises:
         DataError: a shard of that name exists already (nothing is overwritten).
@@ -74,10 +78,13 @@ class ShardWriter:
         *,
         samples_per_shard: int = 4096,
         first: int = 0,
+        latents: LatentFormat | None = None,
     ) -> None:
         self.folder, self.split, self.vocabulary = folder, split, vocabulary
         self.fingerprints = dict(fingerprints)
         self.samples_per_shard, self.first = samples_per_shard, first
+        self.latents = latents
+        self._slots = slot_table(vocabulary, latents) if latents else np.zeros(vocabulary.size, dtype=bool)
         self.indices: list[ShardIndex] = []
         self._table = vocabulary.modality_table()
         self._dtype = np.dtype("<u2") if vocabulary.size <= 1 << 16 else np.dtype("<u4")
@@ -177,9 +184,14 @@ class ShardWriter:
             "fingerprints": self.fingerprints,
             **sample.meta,
         }
+        vectors = self._vectors(sample, tokens)
+        if vectors and self.latents:
+            counts = slot_counts(tokens, self.vocabulary, self.latents)
+            meta["latents"] = {name: n for name, n in zip(self.vocabulary.modalities, counts, strict=True) if n}
         members = {
             "json": json.dumps(meta, separators=(",", ":")).encode(),
             "tokens.npy": _npy(tokens.astype(self._dtype)),
+            **vectors,
         }
         if sample.text is not None:
             members["txt"] = sample.text.encode()
@@ -188,6 +200,17 @@ class ShardWriter:
         if sample.wav is not None:
             members["wav"] = sample.wav
         return members
+
+    def _vectors(self, sample: Sample, tokens: np.ndarray) -> dict[str, bytes]:
+        """The member that holds a sample's latents, if it has any; DataError unless there is one for each slot."""
+        slots = int(self._slots[tokens].sum())
+        given = 0 if sample.latents is None else len(sample.latents)
+        if slots != given:
+            raise DataError(f"sample {sample.key!r}: {slots} slots among its tokens, but {given} latents")
+        if not given or sample.latents is None or self.latents is None:
+            return {}
+        bits = to_bits(sample.latents, self.latents, f"sample {sample.key!r}")
+        return {MEMBER: to_member(bits, self.latents)}
 
     def _start(self) -> None:
         from webdataset.writer import TarWriter  # its import takes a second: only writers pay it

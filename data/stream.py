@@ -15,9 +15,10 @@ from typing import Any
 import numpy as np
 import torch.distributed as dist
 
-from .batch import Batch, collate, mask, micro_batches, weight_vector
+from .batch import Batch, Slots, collate, mask, micro_batches, weight_vector
 from .dataset import Dataset
 from .errors import DataError
+from .latents import most_in_a_row, slot_table
 from .mixing import Mix, Source, Stage
 from .mock import MockDataset
 from .plan import Pack, Place, Planner, Position, StepPlan, digest
@@ -109,7 +110,8 @@ class Step:
         stage: number of the stage of the mix, from 0.
         masked: tokens of the global batch that are in quarantine.
         attended: pairs of a token and itself or an earlier one of its document, Σ n(n+1)/2 over the global batch.
-        documents: of the global batch.
+        latents: continuous latents of the global batch by modality, for the modalities that are continuous.
+        latent_weight: sum of their planned weights, the denominator of a loss on them.
     """
 
     index: int
@@ -123,7 +125,8 @@ class Step:
     stage: int = 0
     masked: int = 0
     attended: int = 0
-    documents: int = 0
+    latents: dict[str, int] = field(default_factory=dict)
+    latent_weight: float = 0.0
 
 
 class Stream:
@@ -159,11 +162,7 @@ class Stream:
     ) -> None:
         if not 0 <= dp_rank < dp_size:
             raise DataError(f"dp_rank must lie in 0..{dp_size - 1}, got {dp_rank}")
-        if config.global_batch % (dp_size * config.micro_batch):
-            raise DataError(
-                f"global_batch {config.global_batch} is no multiple of data-parallel ranks {dp_size} x micro_batch "
-                f"{config.micro_batch} = {dp_size * config.micro_batch}"
-            )
+        check_divides(config, dp_size)
         self.dataset, self.config, self.group, self.model_group = dataset, config, group, model_group
         self.dp_rank, self.dp_size = dp_rank, dp_size
         self._modalities = dataset.vocabulary.modalities
@@ -181,12 +180,14 @@ class Stream:
             block=config.block,
             spread=config.spread,
         )
+        self._slots = self._room_for_latents()
         reader = Reader(
             self._splits,
             seq_len=config.seq_len,
             table=dataset.vocabulary.modality_table(),
             weights=self._weights,
             stall_seconds=config.stall_seconds,
+            slots=self._slots,
         )
         self._ahead = Ahead(reader, self.planner, self._cut, workers=config.workers, prefetch=config.prefetch)
         self._position, self._step = self.planner.start, 0
@@ -246,11 +247,14 @@ class Stream:
         listed = [at for pack in plan.packs for at in self._listed(pack, ledger)]
         masked = sum(int(self._splits[source].lengths[sample]) for source, sample in listed)
         ledger.check_share(self._step, masked, int(per_modality.sum()))
+        ledger = ledger.with_masked(self._step, masked, self.config.global_batch * self.config.seq_len)
         if listed:
             self._mask(plan, found.rows, ledger)
         targets = per_modality.copy()
-        # A document's first token (bos, which counts as text) is nobody's target.
+        # A document's first token (bos, which counts as text) is nobody's target, and neither is a slot.
         targets[0] -= sum(len(pack.samples) for pack in plan.packs)
+        latents = np.sum([self._latents(pack) for pack in plan.packs], axis=0)
+        targets -= latents
         by_source = np.zeros(len(self._splits), dtype=np.int64)
         np.add.at(by_source, [pack.source for pack in plan.packs], counts.sum(axis=1))
         step = Step(
@@ -265,7 +269,8 @@ class Stream:
             stage=self.planner.mix.stage(plan.before.draws),
             masked=masked,
             attended=sum(self._attended(pack) for pack in plan.packs),
-            documents=sum(len(pack.samples) for pack in plan.packs),
+            latents={m: n for m, n in self._named(latents).items() if m in self._continuous},
+            latent_weight=float((latents * self._weights.astype(np.float64)).sum()),
         )
         self._position, self._ledger = plan.after, ledger
         self._step += 1
@@ -306,6 +311,7 @@ class Stream:
             "order_digest": self._digest,
             "ledger": [list(entry) for entry in sorted(self._ledger.entries.values())],
             "streak": self._ledger.streak,
+            "masked": [list(pair) for pair in self._ledger.masked],
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -330,7 +336,11 @@ class Stream:
             step = int(state["step"])
             tokens = np.array([int(state["tokens"][name]) for name in self._modalities], dtype=np.int64)
             ledger = Ledger(
-                self.config.quarantine, self.planner.mix.names, state["ledger"], int(state.get("streak", 0))
+                self.config.quarantine,
+                self.planner.mix.names,
+                state["ledger"],
+                int(state.get("streak", 0)),
+                state.get("masked", ()),
             )
         except (TypeError, ValueError, KeyError, IndexError) as error:
             raise DataError(f"the data state is malformed ({error!r})") from error
@@ -353,6 +363,7 @@ class Stream:
             shape=shape,
             most=plan.most,
             group=self.model_group,
+            slots=self._slots,
         )
         n_bad = int(rows.pop("n_bad"))
         bears = self.config.quarantine.max_per_source > 0 and self.group is not None
@@ -375,6 +386,30 @@ class Stream:
         lengths = self._splits[pack.source].lengths[pack.samples].astype(np.int64)
         return int((lengths * (lengths + 1) // 2).sum())
 
+    @property
+    def _continuous(self) -> tuple[str, ...]:
+        form = self.dataset.latent_format
+        return form.modalities if form else ()
+
+    def _latents(self, pack: Pack) -> np.ndarray:
+        """int64 [M]: the planned latents of a pack by modality."""
+        rows = self._splits[pack.source].latent_rows
+        if rows is None:
+            return np.zeros(len(self._modalities), dtype=np.int64)
+        return rows.latent_counts[pack.samples].sum(axis=0)
+
+    def _room_for_latents(self) -> Slots | None:
+        """How latents go into batches: the same shape in every step of the run; None where all is discrete."""
+        form = self.dataset.latent_format
+        if form is None:
+            return None
+        most = max(
+            most_in_a_row(split.lengths, split.latent_rows.latent_counts.sum(axis=1), self.config.seq_len)
+            for split in self._splits
+            if split.latent_rows is not None
+        )
+        return Slots(slot_table(self.dataset.vocabulary, form), most, form.width, form.dtype)
+
     def _listed(self, pack: Pack, ledger: Ledger) -> list[tuple[int, int]]:
         if not ledger.entries:
             return []
@@ -392,6 +427,24 @@ class Stream:
 
     def _named(self, counts: np.ndarray) -> dict[str, int]:
         return dict(zip(self._modalities, counts.tolist(), strict=True))
+
+
+def check_divides(config: StreamConfig, dp_size: int) -> None:
+    """DataError, with the nearest numbers that work, unless global_batch is a multiple of ranks x micro_batch."""
+    batch, micro, unit = config.global_batch, config.micro_batch, dp_size * config.micro_batch
+    if batch % unit == 0:
+        return
+    below = batch // unit * unit
+    accepted = [f"global_batch {' or '.join(str(n) for n in (below, below + unit) if n)}"]
+    smaller = [m for m in range(1, micro) if batch % (dp_size * m) == 0]
+    accepted += [f"micro_batch {smaller[-1]}"] if smaller else []
+    ranks = [r for r in range(1, batch // micro + 1) if batch % (r * micro) == 0]
+    near = sorted(sorted(ranks, key=lambda r: abs(r - dp_size))[:2])
+    accepted += [f"{' or '.join(map(str, near))} ranks"] if near else []
+    raise DataError(
+        f"global_batch {batch} is no multiple of data-parallel ranks {dp_size} x micro_batch {micro} = {unit}; "
+        f"accepted nearest to it: {', '.join(accepted)}"
+    )
 
 
 Opened = dict[str, tuple[Dataset | MockDataset, str]]

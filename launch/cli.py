@@ -16,10 +16,17 @@ ROOMS = {
     "generate": ("polylepis.pretrain.commands", "generate", "Draw digits from captions and continue a prompt."),
     "data": ("polylepis.data.commands", "data", "Build, index, validate and inspect data sets."),
     "convert": ("polylepis.checkpoints.commands", "convert", "Convert a run to Hugging Face format, and verify it."),
+    "plan": ("polylepis.pretrain.plan.commands", "plan", "Predict memory and step time, and find the plan that fits."),
+    "rehearse": (
+        "polylepis.launch.rehearse",
+        "rehearse",
+        "Run a plan without GPUs: full size on paper, small for real.",
+    ),
     "verify": ("polylepis.pretrain.commands", "verify", "Prove that a parallel plan equals one process, on the CPU."),
     "report": ("polylepis.pretrain.commands", "report", "Write one self-contained HTML page about a run."),
     "profile": ("polylepis.pretrain.commands", "profile", "Open a profiler window on a running job."),
     "checkpoint": ("polylepis.checkpoints.commands", "checkpoint", "Inspect, verify, compare and prune checkpoints."),
+    "bench": ("polylepis.pretrain.plan.commands", "bench", "Measure this machine: layers."),
     "recipes": ("polylepis.pretrain.commands", "recipes", "List and show the recipes of the package."),
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
@@ -26,6 +27,8 @@ class MeshConfig:
             parameters, so parameters are sharded over dp_shard × cp.
         tp: tensor-parallel ranks; their activations between layers are sharded along the sequence.
         pp: pipeline ranks, the outermost axis: each holds one stage of layers, or several (`PipelineConfig.chunks`).
+        ep: expert-parallel ranks, over which the experts of a layer are dealt out. They are ranks of dp_shard × cp,
+            whatever tp and cp do to attention: ep divides that product and adds no processes.
     """
 
     dp_replicate: int = 1
@@ -33,6 +36,7 @@ class MeshConfig:
     cp: int = 1
     tp: int = 1
     pp: int = 1
+    ep: int = 1
 
     __pydantic_config__ = {"extra": "forbid"}
 
@@ -40,12 +44,14 @@ class MeshConfig:
         """The same mesh with `dp_shard` filled in.
 
         Raises:
-            PlanError: an axis < 1, or a product that is not the world size.
+            PlanError: an axis < 1, a product that is not the world size, or an ep that does not divide dp_shard × cp.
         """
-        if min(self.dp_replicate, self.cp, self.tp, self.pp) < 1 or (self.dp_shard < 1 and self.dp_shard != -1):
+        if min(self.dp_replicate, self.cp, self.tp, self.pp, self.ep) < 1 or (
+            self.dp_shard < 1 and self.dp_shard != -1
+        ):
             raise PlanError(
                 f"mesh: every axis is ≥ 1 (dp_shard may be -1): dp_replicate={self.dp_replicate}, "
-                f"dp_shard={self.dp_shard}, cp={self.cp}, tp={self.tp}, pp={self.pp}"
+                f"dp_shard={self.dp_shard}, cp={self.cp}, tp={self.tp}, pp={self.pp}, ep={self.ep}"
             )
         others = self.pp * self.dp_replicate * self.cp * self.tp
         shard = max(1, world_size // others) if self.dp_shard == -1 else self.dp_shard
@@ -56,12 +62,19 @@ class MeshConfig:
                 f"mesh: pp {self.pp} × dp_replicate {self.dp_replicate} × dp_shard {shard} × cp {self.cp} × "
                 f"tp {self.tp} = {others * shard} processes, but the world size is {world_size}{nearest}"
             )
+        if shard * self.cp % self.ep:
+            fitting = [n for n in range(1, shard * self.cp + 1) if shard * self.cp % n == 0]
+            raise PlanError(
+                f"mesh: ep {self.ep} does not divide dp_shard {shard} × cp {self.cp} = {shard * self.cp}, whose "
+                f"ranks it takes; accepted: {', '.join(map(str, fitting))}"
+            )
         return replace(self, dp_shard=shard)
 
     @property
     def n_processes(self) -> int:
-        """The product of the axes; `dp_shard: -1` counts as 1."""
-        return self.pp * self.dp_replicate * max(1, self.dp_shard) * self.cp * self.tp
+        """The product of the axes; `dp_shard: -1` counts as the fewest that ep allows."""
+        shard = self.ep // math.gcd(self.ep, self.cp) if self.dp_shard == -1 else self.dp_shard
+        return self.pp * self.dp_replicate * shard * self.cp * self.tp
 
 
 @dataclass(frozen=True)
@@ -91,12 +104,15 @@ class Mesh:
     Attributes:
         device_mesh: axes `pp, dp_replicate, fsdp, tp`, where fsdp = dp_shard × cp: what parameters lie on.
         tokens: axes `pp, dp_replicate, dp_shard, cp, tp` over the same ranks: what tokens lie on.
+        experts: axes `pp, dp_replicate, edp, ep, tp` over the same ranks, where edp × ep = fsdp: what experts lie on;
+            None without expert parallelism, where they lie on `device_mesh` like everything else.
     """
 
     device_mesh: DeviceMesh
     tokens: DeviceMesh
     device: torch.device
     context: ContextConfig = field(default_factory=ContextConfig)
+    experts: DeviceMesh | None = None
 
     @property
     def pp_group(self) -> dist.ProcessGroup:
@@ -139,6 +155,19 @@ class Mesh:
         return self.tokens.get_local_rank("cp")
 
     @property
+    def ep_group(self) -> dist.ProcessGroup | None:
+        """The ranks that share a layer's experts; None where every rank has them all."""
+        return None if self.experts is None else self.experts.get_group("ep")
+
+    @property
+    def ep_size(self) -> int:
+        return 1 if self.experts is None else self.experts["ep"].size()
+
+    @property
+    def ep_rank(self) -> int:
+        return 0 if self.experts is None else self.experts.get_local_rank("ep")
+
+    @property
     def dp_size(self) -> int:
         """Ranks that read different data: pipeline, context- and tensor-parallel ranks share theirs."""
         return self.tokens.size() // (self.pp_size * self.tp_size * self.cp_size)
@@ -155,6 +184,15 @@ class Mesh:
         if self.device_mesh["dp_replicate"].size() > 1:
             return self.device_mesh["dp_replicate", "fsdp"]
         return self.device_mesh["fsdp"]
+
+    @property
+    def expert_fsdp(self) -> DeviceMesh:
+        """The same for experts: only the ranks that hold the same experts share them."""
+        if self.experts is None:
+            return self.fsdp
+        if self.experts["dp_replicate"].size() > 1:
+            return self.experts["dp_replicate", "edp"]
+        return self.experts["edp"]
 
 
 def init_process_group(device_type: str, timeout: float = 600.0) -> None:
@@ -187,4 +225,8 @@ def build_mesh(
     parameters = init_device_mesh(kind, (pp, replicate, shard * cp, tp), mesh_dim_names=names)
     axes = ("pp", "dp_replicate", "dp_shard", "cp", "tp")
     tokens = init_device_mesh(kind, (pp, replicate, shard, cp, tp), mesh_dim_names=axes)
-    return Mesh(parameters, tokens, device, context or ContextConfig())
+    experts = None
+    if sizes.ep > 1:
+        shape = (pp, replicate, shard * cp // sizes.ep, sizes.ep, tp)
+        experts = init_device_mesh(kind, shape, mesh_dim_names=("pp", "dp_replicate", "edp", "ep", "tp"))
+    return Mesh(parameters, tokens, device, context or ContextConfig(), experts)

@@ -19,7 +19,7 @@ from .kinds.attention import AttentionConfig
 from .kinds.base import Mixer, NewTokens, Shape
 from .kinds.mamba import MambaConfig
 from .kinds.mlp import MLPConfig
-from .kinds.moe import MoEConfig
+from .kinds.moe import MoEConfig, check_experts
 from .layout import Layout
 from .megatron import gather_sequence, scatter_sum_sequence
 from .mesh import ContextConfig, Mesh, MeshConfig
@@ -92,15 +92,22 @@ class ModelConfig:
 
     def parts(self) -> dict[str, Part]:
         """Every logical parameter of the model, by dotted name, banks not split."""
-        shape, vocab = self.shape, (self.padded_vocab, self.d_model)
-        result = {"embed.weight": Part(vocab, Init("normal", self.init_std), 0)}
+        shape, ends = self.shape, self.end_parts()
+        result = {"embed.weight": ends.pop("embed.weight")}
         for index in range(shape.n_layers):
             kind, config = self.layer(index)
             result[f"layers.{index}.norm.weight"] = norm_part(self.d_model)
             result.update({f"layers.{index}.mixer.{n}": p for n, p in kind.parts(config, shape).items()})
-        result["final_norm.weight"] = norm_part(self.d_model)
-        result["lm_head.weight"] = Part(vocab, Init("normal", self.init_std), 0)
-        return result
+        return result | ends
+
+    def end_parts(self) -> dict[str, Part]:
+        """Embedding, final norm and output projection."""
+        rows, normal = (self.padded_vocab, self.d_model), Init("normal", self.init_std)
+        return {
+            "embed.weight": Part(rows, normal, 0),
+            "final_norm.weight": norm_part(self.d_model),
+            "lm_head.weight": Part(rows, normal, 0),
+        }
 
     def check(self, tp: int) -> None:
         """Refuse, before anything is built, what cannot be built.
@@ -137,6 +144,18 @@ class ModelConfig:
             elif isinstance(layer, AttentionConfig) and context.attention == "heads":
                 share_heads(layer.n_heads // mesh.tp, layer.n_kv_heads // mesh.tp, mesh.cp, "context.attention: heads")
 
+    def check_experts(self, mesh: MeshConfig) -> None:
+        """Refuse experts that cannot be dealt out over the expert-parallel ranks.
+
+        Raises:
+            PlanError: with the numbers.
+        """
+        layers = [layer for _, layer in map(self.layer, range(len(self.symbols))) if isinstance(layer, MoEConfig)]
+        if mesh.ep > 1 and not layers:
+            raise PlanError(f"mesh: ep {mesh.ep}, but the pattern {self.pattern} has no expert layer E")
+        for layer in layers:
+            check_experts(layer, mesh.ep)
+
 
 def norm_part(width: int) -> Part:
     return Part((width,), Init("constant", 1.0), decay=False)
@@ -167,7 +186,7 @@ class Block(PartModule):
     ) -> None:
         super().__init__()
         self.eps, self.mesh = shape.norm_eps, mesh
-        self.run = recomputed(self._run, kind.section, recompute or RecomputeConfig())
+        self.run = recomputed(self._run, kind.section, shape.d_model, recompute or RecomputeConfig())
         self.norm = PartModule()
         add_part(self, "norm.weight", norm_part(shape.d_model), mesh)
         self.mixer: Mixer = kind.mixer(config, shape, mesh, kind.parts(config, shape))

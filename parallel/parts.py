@@ -23,6 +23,7 @@ from .megatron import sum_gradient
 from .mesh import Mesh
 
 ROWS_PER_BLOCK = 4096
+EXPERTS = "experts."
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,8 @@ class Part:
         tp_dim: the dimension sharded over tensor-parallel ranks, None for a replicated part.
         decay: whether weight decay applies.
         entries: names of the bank's entries, () for a part that is not routed.
-        suffix: what stands between the part's name and the entry's in a checkpoint key (`experts.` or nothing).
+        suffix: what stands between the part's name and the entry's in a checkpoint key: `experts.` for a bank of
+            experts, whose entries expert parallelism deals out, else nothing.
     """
 
     shape: tuple[int, ...]
@@ -62,9 +64,21 @@ class Part:
     def numel(self) -> int:
         return math.prod(self.shape) * max(1, len(self.entries))
 
+    @property
+    def expert(self) -> bool:
+        return self.suffix == EXPERTS
+
     def entry_names(self, name: str) -> list[str]:
         """The checkpoint keys of this part, one per entry."""
         return [f"{name}.{self.suffix}{entry}" for entry in self.entries] or [name]
+
+    def own_entries(self, name: str, mesh: Mesh) -> list[str]:
+        """Of these, the keys that lie on this rank (before FSDP): a run of the experts under expert parallelism."""
+        names = self.entry_names(name)
+        if not self.expert:
+            return names
+        share = len(names) // mesh.ep_size
+        return names[mesh.ep_rank * share : (mesh.ep_rank + 1) * share]
 
 
 class PartModule(nn.Module):
@@ -144,8 +158,12 @@ def _empty(part: Part, mesh: Mesh, banked: bool) -> nn.Parameter:
     if banked:
         shape.insert(0, len(part.entries))
         placements = [Shard(part.tp_dim + 1)] if part.tp_dim is not None else [Replicate()]
+    place = mesh.tp
+    if part.expert and mesh.experts is not None:
+        shape[0] //= mesh.ep_size
+        place, placements = mesh.experts["ep", "tp"], [Shard(0), *placements]
     local = torch.empty(shape, device="meta")
-    return nn.Parameter(DTensor.from_local(local, mesh.tp, placements, run_check=False))
+    return nn.Parameter(DTensor.from_local(local, place, placements, run_check=False))
 
 
 def _attach(module: nn.Module, name: str, parameter: nn.Parameter, part: Part) -> None:
@@ -172,13 +190,13 @@ def materialise(module: nn.Module, prefix: str, mesh: Mesh, seed: int, dtype: to
         assert isinstance(parameter, DTensor)
         local = initial_shard(part, prefix + name, mesh, seed).to(dtype)
         owner, leaf = _owner(module, name)
-        value = DTensor.from_local(local, mesh.tp, parameter.placements, run_check=False)
+        value = DTensor.from_local(local, parameter.device_mesh, parameter.placements, run_check=False)
         setattr(owner, leaf, nn.Parameter(value))
 
 
 def initial_shard(part: Part, name: str, mesh: Mesh, seed: int) -> Tensor:
-    """This rank's tensor-parallel shard of a whole part, banks stacked, on the mesh's device."""
-    entries = [initial_values(part, key, seed, mesh.tp_rank, mesh.tp_size) for key in part.entry_names(name)]
+    """This rank's tensor- and expert-parallel shard of a whole part, banks stacked, on the mesh's device."""
+    entries = [initial_values(part, key, seed, mesh.tp_rank, mesh.tp_size) for key in part.own_entries(name, mesh)]
     return (torch.stack(entries) if part.entries else entries[0]).to(mesh.device)
 
 
@@ -215,23 +233,34 @@ def fsdp_placement(module: nn.Module) -> dict[nn.Parameter, Shard | None]:
 
 
 def split_bank(value: Tensor, part: Part, name: str) -> dict[str, Tensor]:
-    """The entries of a bank (or of its optimizer state) as tensors of their own that share its memory."""
+    """The entries of a bank (or of its optimizer state) as tensors of their own that share its memory.
+
+    Under expert parallelism only this rank's experts: each is a tensor on the ranks that hold it.
+    """
     if not part.entries or value.dim() != len(part.shape) + 1:
         return {name: value}
     keys = part.entry_names(name)
     if not isinstance(value, DTensor):
         return dict(zip(keys, value.unbind(0), strict=True))
-    placements: list[Any] = []
-    for placement in value.placements:
-        if isinstance(placement, Shard):
-            if placement.dim == 0:
+    names, mesh = value.device_mesh.mesh_dim_names or (), value.device_mesh
+    placements: list[Placement] = []
+    for axis, placement in zip(names, value.placements, strict=True):
+        if isinstance(placement, Shard) and placement.dim == 0:
+            if axis != "ep":
                 raise PlanError(f"{name}: a bank sharded over its entries cannot be split into them")
-            placements.append(Shard(placement.dim - 1))
+            share = len(keys) // mesh["ep"].size()
+            first = mesh.get_local_rank("ep") * share
+            keys, mesh = keys[first : first + share], mesh[tuple(other for other in names if other != "ep")]
         else:
-            placements.append(placement)
+            placements.append(Shard(placement.dim - 1) if isinstance(placement, Shard) else placement)
     shape = torch.Size(value.shape[1:])
     stride = torch.empty(shape, device="meta").stride()
     return {
-        key: DTensor.from_local(entry, value.device_mesh, placements, run_check=False, shape=shape, stride=stride)
+        key: DTensor.from_local(entry, mesh, placements, run_check=False, shape=shape, stride=stride)
         for key, entry in zip(keys, value.to_local().unbind(0), strict=True)
     }
+
+
+def whole_entries(value: DTensor, part: Part, name: str) -> dict[str, Tensor]:
+    """Every entry of a parameter (or of its gradient), gathered: all ranks of its mesh call it and get all of them."""
+    return split_bank(value.full_tensor(), part, name)

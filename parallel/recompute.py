@@ -2,14 +2,13 @@
 
 `full` keeps a layer's input only. `selective` also keeps the results of what is dear to compute, listed per kind in
 `KEPT`, and computes the rest (norms, convolution, activations, gates, gathers) again. The backward repeats the layer's
-forward, its collectives included, on every rank alike; side effects must not repeat (`recomputing`).
+forward, its collectives included, on every rank alike; what a layer counts it counts in its backward, which runs once
+(`kinds.moe_router.join`).
 """
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator
-from contextvars import ContextVar
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from types import MappingProxyType
@@ -63,48 +62,27 @@ KEPT = MappingProxyType(
 )
 """What `selective` keeps besides the layer's input, by kind: results of these operators."""
 
-_RECOMPUTING: ContextVar[bool] = ContextVar("recomputing", default=False)
 
+def keeps(kind: str, d_model: int, operator: torch._ops.OpOverload, arguments: tuple[Any, ...]) -> bool:
+    """Whether `selective` keeps the result of a call in a layer of this kind.
 
-def recomputing() -> bool:
-    """Whether the forward that runs is a repetition for the backward: count nothing twice."""
-    return _RECOMPUTING.get()
-
-
-@contextlib.contextmanager
-def _repetition(inner: contextlib.AbstractContextManager[Any]) -> Iterator[None]:
-    token = _RECOMPUTING.set(True)
-    try:
-        with inner:
-            yield
-    finally:
-        _RECOMPUTING.reset(token)
-
-
-def keeps(kind: str, operator: torch._ops.OpOverload, arguments: tuple[Any, ...]) -> bool:
-    """Whether `selective` keeps the result of a call in a layer of this kind."""
+    Only an in-projection takes rows of the model's width. An out-projection also widens, once tensor parallelism has
+    cut its input, but nothing that the backward needs comes after it.
+    """
     name = operator._schema.name
     if name not in KEPT[kind] or operator._schema.is_mutable:
         return False
     if name in PRODUCTS:
         left, right = arguments[-2:]
-        return bool(right.shape[-1] > left.shape[-1])
+        return bool(left.shape[-1] == d_model < right.shape[-1])
     return True
 
 
-def _policy(kind: str, ctx: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    return CheckpointPolicy.MUST_SAVE if keeps(kind, operator, args) else CheckpointPolicy.PREFER_RECOMPUTE
+def _policy(kind: str, d_model: int, ctx: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    return CheckpointPolicy.MUST_SAVE if keeps(kind, d_model, operator, args) else CheckpointPolicy.PREFER_RECOMPUTE
 
 
-def _contexts(kind: str, choice: Choice) -> tuple[Any, Any]:
-    first: Any = contextlib.nullcontext()
-    again: Any = contextlib.nullcontext()
-    if choice == "selective":
-        first, again = create_selective_checkpoint_contexts(partial(_policy, kind))
-    return first, _repetition(again)
-
-
-def recomputed(run: Run, kind: str, config: RecomputeConfig) -> Run:
+def recomputed(run: Run, kind: str, d_model: int, config: RecomputeConfig) -> Run:
     """`run` (a layer's forward, of the residual stream and a layout) under the choice for its kind."""
     choice: Choice = getattr(config, kind)
     if choice == "none":
@@ -113,9 +91,11 @@ def recomputed(run: Run, kind: str, config: RecomputeConfig) -> Run:
     def checkpointed(x_TD: Tensor, layout: Layout) -> Tensor:
         if not torch.is_grad_enabled():
             return run(x_TD, layout)
-        contexts = partial(_contexts, kind, choice)
         # Nothing here draws random numbers, so their state need not be kept.
-        result = checkpoint(run, x_TD, layout, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)
+        options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
+        if choice == "selective":
+            options["context_fn"] = partial(create_selective_checkpoint_contexts, partial(_policy, kind, d_model))
+        result = checkpoint(run, x_TD, layout, **options)
         assert isinstance(result, Tensor)
         return result
 

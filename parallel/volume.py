@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 
 from .kinds.attention import AttentionConfig
 from .kinds.mamba import MambaConfig
+from .kinds.moe import MoEConfig
 from .layout import HALO
 from .mesh import ContextConfig, MeshConfig
 from .model import ModelConfig
@@ -42,21 +43,44 @@ def forward_volume(
         n_tokens: tokens of the micro-batch, all context ranks together.
         itemsize: bytes of an activation; states and losses travel in at least float32.
     """
-    volume, wide = Volume(), max(4, itemsize)
-    local = n_tokens // mesh.cp
+    total = ends_volume(config, mesh, n_tokens, itemsize)
+    for index in range(len(config.symbols)):
+        for volume in layer_volume(config, index, mesh, context, n_tokens, itemsize):
+            total.calls.update(volume.calls)
+            total.bytes.update(volume.bytes)
+    return total
+
+
+def ends_volume(config: ModelConfig, mesh: MeshConfig, n_tokens: int, itemsize: int = 4) -> Volume:
+    """What embedding, output projection and cross-entropy send over tp."""
+    volume, local, wide = Volume(), n_tokens // mesh.cp, max(4, itemsize)
     if mesh.tp > 1:
-        layers = len(config.symbols)
-        volume.add("reduce_scatter", local * config.d_model, itemsize, layers + 1)  # embedding, every layer
-        volume.add("all_gather", local * config.d_model, itemsize, layers + 1)  # every layer, output projection
+        volume.add("reduce_scatter", local * config.d_model, itemsize)  # embedding
+        volume.add("all_gather", local * config.d_model, itemsize)  # output projection
         volume.add("all_reduce", local, wide)  # largest logit
         volume.add("all_reduce", 2 * local, wide)  # Σ exp and the target's logit
-    for index in range(len(config.symbols)):
-        layer = config.layer(index)[1]
-        if isinstance(layer, MambaConfig):
-            _mamba(volume, config, layer, mesh, context, n_tokens, itemsize)
-        elif isinstance(layer, AttentionConfig) and mesh.cp > 1:
-            _attention(volume, layer, mesh, context, n_tokens, itemsize)
     return volume
+
+
+def layer_volume(
+    config: ModelConfig, index: int, mesh: MeshConfig, context: ContextConfig, n_tokens: int, itemsize: int = 4
+) -> tuple[Volume, Volume, Volume]:
+    """What one layer sends over tp, over cp, and over ep (there when routing is even)."""
+    over_tp, over_cp, over_ep = Volume(), Volume(), Volume()
+    if mesh.tp > 1:
+        over_tp.add("all_gather", n_tokens // mesh.cp * config.d_model, itemsize)
+        over_tp.add("reduce_scatter", n_tokens // mesh.cp * config.d_model, itemsize)
+    layer = config.layer(index)[1]
+    if isinstance(layer, MambaConfig):
+        if layer.n_groups % mesh.tp:  # sums of squares of norms that span ranks
+            over_tp.add("all_reduce", n_tokens // mesh.cp * layer.n_groups, max(4, itemsize))
+        if mesh.cp > 1:
+            _mamba(over_cp, config, layer, mesh, context, n_tokens, itemsize)
+    elif isinstance(layer, AttentionConfig) and mesh.cp > 1:
+        _attention(over_cp, layer, mesh, context, n_tokens, itemsize)
+    elif isinstance(layer, MoEConfig) and mesh.ep > 1:  # rows there and back
+        over_ep.add("all_to_all", n_tokens // mesh.cp * layer.top_k * config.d_model, itemsize, 2)
+    return over_tp, over_cp, over_ep
 
 
 def _mamba(
@@ -70,10 +94,6 @@ def _mamba(
 ) -> None:
     heads, wide = layer.n_heads(config.shape) // mesh.tp, max(4, itemsize)
     groups = max(1, layer.n_groups // mesh.tp)
-    if layer.n_groups % mesh.tp:
-        volume.add("all_reduce", n_tokens // mesh.cp * layer.n_groups, wide)  # sums of squares of spanning norms
-    if mesh.cp == 1:
-        return
     if context.mamba == "heads":
         shares = max(1, groups // mesh.cp)
         width = heads // mesh.cp * (layer.head_dim + 1) + 2 * shares * layer.d_state

@@ -165,6 +165,9 @@ def find_config(name: str) -> Path:
 def load_config(name: str, overrides: Sequence[str] = ()) -> RunConfig:
     """Read, override (`section.key=value`, values in YAML) and validate.
 
+    `gpus=N` among the overrides takes the plan for N GPUs that the file carries (`plans: {N: {mesh: …}}`): its values
+    replace the file's, and other overrides go on top.
+
     Raises:
         ConfigError: unknown or ill-typed key: one line naming the key, the nearest valid one and where it came from.
     """
@@ -178,8 +181,41 @@ def load_config(name: str, overrides: Sequence[str] = ()) -> RunConfig:
     schema = values.pop("schema", SCHEMA)
     if schema != SCHEMA:
         raise ConfigError(f"{file}: schema {schema}, but this version reads schema {SCHEMA}")
-    given = [_override(values, text) for text in overrides]
+    plans = _plans(values.pop("plans", None), str(file))
+    wanted = [text for text in overrides if text.startswith("gpus=")]
+    for text in wanted:
+        _take_plan(values, plans, text, str(file))
+    given = [_override(values, text) for text in overrides if text not in wanted]
     return validate(values, str(file), given)
+
+
+def plan_sizes(name: str) -> list[int]:
+    """For how many GPUs a recipe or file carries plans."""
+    file = find_config(name)
+    values = yaml.safe_load(file.read_text())
+    return sorted(_plans(values.get("plans") if isinstance(values, dict) else None, str(file)))
+
+
+def _plans(values: Any, source: str) -> dict[int, dict[str, Any]]:
+    if values is None:
+        return {}
+    fits = isinstance(values, dict) and all(isinstance(k, int) and isinstance(v, dict) for k, v in values.items())
+    if not fits:
+        raise ConfigError(f"plans: expected a number of GPUs → sections, such as 8: {{mesh: {{tp: 4}}}} ({source})")
+    return values
+
+
+def _take_plan(values: dict[str, Any], plans: dict[int, dict[str, Any]], text: str, source: str) -> None:
+    """Lay the plan for `gpus=N` over the file's values, section by section."""
+    number = text.removeprefix("gpus=")
+    if not number.isdecimal() or int(number) not in plans:
+        sizes = ", ".join(map(str, sorted(plans))) or "none"
+        raise ConfigError(
+            f"{text}: {source} carries plans for these numbers of GPUs: {sizes}; `polylepis plan` looks for another"
+        )
+    for section, entries in plans[int(number)].items():
+        both = isinstance(values.get(section), dict) and isinstance(entries, dict)
+        values[section] = {**values[section], **entries} if both else entries
 
 
 def _override(values: dict[str, Any], text: str) -> tuple[str, ...]:

@@ -7,6 +7,12 @@ class ConfigError(ValueError):
     exit_code = 2
 
 
+class RouterError(RuntimeError):
+    """A router whose logits are not finite. Raised on all ranks before the optimizer's step; names layer and ranks."""
+
+    exit_code = 3
+
+
 class DivergenceError(RuntimeError):
     """Ranks that must do the same do not. Raised on all of them at the same step; names the ranks that differ."""
 

@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from dataclasses import replace
+from datetime import timedelta
+
+import torch.distributed as dist
 
 from ..checkpoints.manifest import newest_checkpoint, step_of
 from ..data import mock
 from ..data.dataset import Dataset
 from ..data.stream import Stream
 from ..parallel.context import cut_tokens
-from ..parallel.pipeline.config import check_split_backward, cut_stages, layer_costs
+from ..parallel.pipeline.config import check_split_backward, cut_stages
+from ..parallel.pipeline.cost import Roofline, Setting, layer_seconds
+from ..parallel.pipeline.devices import DEVICES
 from ..parallel.pipeline.stage import Stage
 from .config import CONFIG_FILE, RunConfig, differing_keys, load_config, to_yaml
 from .errors import ConfigError
@@ -44,6 +50,7 @@ def check_run(config: RunConfig, world_size: int) -> None:
         raise ConfigError(f"train.steps: must be at least 1, not {config.train.steps}")
     config.train.keep_rules()
     config.model.check_context(mesh, config.context)
+    config.model.check_experts(mesh)
     cut_tokens(config.data.micro_batch * config.data.seq_len, mesh.cp, mesh.tp, config.context.order)
     if config.engine == "deepspeed":
         config.deepspeed.check(mesh, config.train.compute_dtype)
@@ -57,10 +64,16 @@ def check_run(config: RunConfig, world_size: int) -> None:
 def stages_of(config: RunConfig, pp: int) -> tuple[Stage, ...]:
     """All pipeline stages of the run, cut by cost where neither pattern nor configuration says where.
 
+    Costs are those of an H100, whatever the run's own device: the cut of a configuration is always the same.
+    `polylepis plan` cuts for the device and writes the cuts out.
+
     Raises:
         PlanError: see `cut_stages`.
     """
-    costs = layer_costs(config.model, config.data.seq_len / 2)
+    data, mesh = config.data, replace(config.mesh, dp_shard=1, dp_replicate=1, ep=1)
+    itemsize, keys = config.train.compute_dtype.itemsize, (data.seq_len + 1) / 2
+    setting = Setting(mesh, data.micro_batch * data.seq_len, keys, itemsize, context=config.context)
+    costs = layer_seconds(config.model, setting, Roofline(DEVICES["h100"]))
     return cut_stages(config.model, config.pipeline, pp, costs)
 
 
@@ -74,6 +87,12 @@ def open_data(config: RunConfig) -> Dataset | mock.MockDataset:
     if config.data.path == mock.PATH:
         return mock.MockDataset(config.model.modalities, config.model.vocab_size, config.data.seq_len)
     dataset = Dataset.open(config.data.path)
+    if dataset.latent_format is not None:
+        raise ConfigError(
+            f"data.path: {config.data.path} holds continuous latents ({', '.join(dataset.latent_format.modalities)}, "
+            f"{dataset.latent_format.width} x {dataset.latent_format.dtype}), and this version's models have no head "
+            "for them; accepted: data sets of discrete codes alone"
+        )
     if tuple(dataset.vocabulary.modalities) != tuple(config.model.modalities):
         raise ConfigError(
             f"model.modalities: {list(config.model.modalities)}, but {config.data.path} holds "
@@ -85,6 +104,25 @@ def open_data(config: RunConfig) -> Dataset | mock.MockDataset:
             f"{dataset.vocabulary.used} ids"
         )
     return dataset
+
+
+def open_stream(config: RunConfig, dataset: Dataset | mock.MockDataset, dp_rank: int, dp_size: int) -> Stream:
+    """The stream of this rank; called on every rank.
+
+    All ranks agree on quarantined samples. One rank of each data-parallel coordinate reads, and sends to its
+    model-parallel peers through host memory: a GPU has no part in it.
+    """
+    world = dist.get_world_size()
+    if world == 1:
+        return Stream(dataset, config.data, dp_rank=0, dp_size=1)
+    coordinates: list[int] = [0] * world
+    dist.all_gather_object(coordinates, dp_rank)
+    peers = [rank for rank, coordinate in enumerate(coordinates) if coordinate == dp_rank]
+    # Only the members of a group make it: thousands of ranks need not enter thousands of groups.
+    timeout = timedelta(seconds=config.train.timeout)
+    alone = len(peers) == 1
+    group = None if alone else dist.new_group(peers, timeout, "gloo", use_local_synchronization=True)
+    return Stream(dataset, config.data, dp_rank=dp_rank, dp_size=dp_size, group=dist.group.WORLD, model_group=group)
 
 
 def check_all(config: RunConfig, world_size: int) -> None:

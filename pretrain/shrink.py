@@ -13,8 +13,11 @@ D_MODEL, SEQ_LEN, VOCAB = 64, 64, 1024
 def shrink(config: RunConfig, steps: int = 2, mesh: MeshConfig | None = None) -> RunConfig:
     """Pattern, routing, group and head counts, activations and modalities stay; widths, vocabulary and data shrink.
 
-    Training goes to `<folder>-shrunk` on mock data, on at most two tensor-parallel CPU processes, or on `mesh`.
+    Training goes to `<folder>-shrunk` on mock data, on `mesh`, or on two CPU processes at most: tensor-parallel ones,
+    or expert-parallel ones where only that axis is used.
     """
+    if mesh is None and config.mesh.ep % 2 == 0 and config.mesh.tp == 1:
+        mesh = MeshConfig(dp_shard=2, ep=2)
     model = config.model
     inner = model.mamba.expand * D_MODEL
     # As many heads as divide into the groups: at least one per group, each of at least one channel.

@@ -23,11 +23,11 @@ from ..parallel.engines.base import Engine, Objective
 from ..parallel.engines.deepspeed import DeepSpeedEngine
 from ..parallel.engines.fsdp import FSDPEngine, build_model
 from ..parallel.engines.pipeline import PipelineEngine, build_stages
-from ..parallel.kinds.moe import MoE, MoEConfig
 from ..parallel.megatron import preload
 from ..parallel.mesh import Mesh, build_mesh
 from .config import RunConfig, load_config
 from .errors import DivergenceError
+from .experts import check_routers, expert_layers, finish_experts
 from .health.events import Events
 from .health.guard import Health, Verdict
 from .meter.environment import environment, write_environment
@@ -38,7 +38,8 @@ from .meter.tracker import Tracker, plot_losses
 from .meter.window import ProfileWindow
 from .objectives.next_token import next_token
 from .optim import build_optimizer
-from .prepare import check_run, open_data, prepare_folder, stages_of
+from .plan.measure import predicted_step
+from .prepare import check_run, open_data, open_stream, prepare_folder, stages_of
 
 
 def train(config: RunConfig) -> None:
@@ -49,8 +50,7 @@ def train(config: RunConfig) -> None:
         preload()
     check_run(config, dist.get_world_size())
     dataset = open_data(config)
-    world = dist.group.WORLD if dist.get_world_size() > 1 else None  # ranks agree on quarantined samples
-    stream = Stream(dataset, config.data, dp_rank=mesh.dp_rank, dp_size=mesh.dp_size, group=world)
+    stream = open_stream(config, dataset, mesh.dp_rank, mesh.dp_size)
     engine = build_engine(config, mesh)
 
     first, carried = 0, {}
@@ -65,6 +65,7 @@ def train(config: RunConfig) -> None:
         stream.load_state_dict(resumed["data"])
         first, carried = resumed["step"], resumed["data"].get("health", {})
 
+    predicted = predicted_step(config, dist.get_world_size()) if dist.get_rank() == 0 else {}
     pulse = Pulse()
     health = Health(config.health, config.path, engine, stream, keeper, pulse, config.optim.warmup)
     meter = open_meter(config, engine, pulse, environs["device"])
@@ -76,7 +77,7 @@ def train(config: RunConfig) -> None:
                 pulse.enter("data", step + 1)
                 verdict = Verdict.SKIP
                 if not health.leaves_out(step + 1):
-                    verdict = train_step(config, step, engine, stream, keeper, health, meter, tracker)
+                    verdict = train_step(config, step, engine, stream, keeper, health, meter, tracker, predicted)
                 if verdict is Verdict.ROLL_BACK:
                     step = health.roll_back(step + 1)
                     if tracker is not None:
@@ -99,6 +100,7 @@ def train_step(
     health: Health,
     meter: Meter,
     tracker: Tracker | None,
+    predicted: dict[str, float],
 ) -> Verdict:
     """One step, the one after `step` others, unless the guards object before the update."""
     data = stream.next()
@@ -113,22 +115,24 @@ def train_step(
     verdict = health.judge(step + 1, data, sums, loss, norm)
     if verdict is not Verdict.TRAIN:
         engine.discard()
-        forget_loads(engine)
+        for layer in expert_layers(engine).values():
+            layer.forget()
         return verdict
+    check_routers(engine, norm)
 
     meter.pulse.enter("update")
     if config.optim.clip and norm > config.optim.clip:
         engine.scale(config.optim.clip / norm)
     lr = config.optim.lr * config.optim.factor(step, config.train.steps)
     engine.update(lr)
-    balance_experts(engine)
+    experts = finish_experts(engine)
 
     meter.pulse.enter("between")
     timing = meter.time()
     imbalance = health.after(step + 1, timing.own)
     if tracker is not None:
         metrics = step_metrics(config, step + 1, data, totals.losses, norm, lr, timing.step, timing.data)
-        metrics |= meter.metrics(data, totals, timing) | keeper.times()
+        metrics |= meter.metrics(data, totals, timing) | experts | keeper.times() | predicted
         tracker.log(metrics if imbalance is None else metrics | {"seconds/imbalance": imbalance})
     return verdict
 
@@ -202,38 +206,6 @@ def check_agreement(step: int, digest: str) -> None:
             f"step {usual[0]}: ranks hold different batches; {', '.join(others[:8])} differ from the "
             f"other {count} ranks"
         )
-
-
-def balance_experts(engine: Engine) -> None:
-    """Loss-free balancing: one all-reduce of all layers' loads, then each layer moves its selection biases.
-
-    Every rank contributes a table of all expert layers of the model, filled where its own pipeline stages are.
-    """
-    config = engine.models[0].config
-    layers = {index: config.layer(index)[1] for index in range(len(config.symbols))}
-    experts = {index: layer.n_experts for index, layer in layers.items() if isinstance(layer, MoEConfig)}
-    if not experts:
-        return
-    table = torch.zeros(sum(experts.values()), device=engine.mesh.device)
-    loads = dict(zip(experts, table.split(list(experts.values())), strict=True))
-    mine: dict[int, MoE] = {}
-    for name, block in (item for model in engine.models for item in model.layers.items()):
-        mixer = block.get_submodule("mixer")
-        if isinstance(mixer, MoE):
-            mine[int(name)] = mixer
-    for index, layer in mine.items():
-        loads[index].copy_(layer.load)
-    dist.all_reduce(table)
-    for index, layer in mine.items():
-        layer.balance(loads[index] / engine.mesh.tp_size)
-
-
-def forget_loads(engine: Engine) -> None:
-    """A step without an update balances nothing."""
-    for model in engine.models:
-        for module in model.modules():
-            if isinstance(module, MoE):
-                module.load.zero_()
 
 
 def open_meter(config: RunConfig, engine: Engine, pulse: Pulse, device_name: str) -> Meter:

@@ -17,30 +17,30 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from ..data.stream import Stream
-from ..parallel.engines.fsdp import build_model, gradient_norm
 from ..parallel.kinds.moe import MoE
-from ..parallel.layout import Layout
 from ..parallel.mesh import Mesh, MeshConfig, build_mesh
 from ..parallel.model import HybridModel
-from ..parallel.parts import named_parts, split_bank
+from ..parallel.parts import named_parts, whole_entries
+from ..parallel.recompute import RecomputeConfig
 from .config import RunConfig, load_config, to_yaml
 from .errors import ConfigError
-from .objectives.next_token import next_token
-from .optim import build_optimizer
 from .prepare import check_run, open_data
 from .shrink import shrink
 from .spawn import run_workers
+from .train import build_engine
+from .witness import Choices, Witness
 
 MAX_PROCESSES = 16
 TOLERANCE = {
     torch.float64: {"loss": 1e-12, "gradient norm": 1e-11, "gradients": 1e-9, "optimizer step": 1e-6},
     torch.float32: {"loss": 2e-5, "gradient norm": 2e-5, "gradients": 2e-5},
 }
-Choices = dict[str, list[Tensor]]
+# How far a score may lie from the reference's: a replayed choice that this does not explain is a fault, not a tie.
+MARGIN = {torch.float64: 1e-11, torch.float32: 1e-4}
 
 
 @dataclass
@@ -51,6 +51,7 @@ class Measurement:
         loss, norm: of the global batch.
         gradients, updates: by logical name, whole tensors on the CPU.
         choices: by expert layer, the experts of all tokens of each global micro-batch.
+        flips: tokens that chose otherwise, where choices were replayed, by more than `MARGIN` of a score can explain.
     """
 
     loss: float
@@ -58,6 +59,7 @@ class Measurement:
     gradients: dict[str, Tensor]
     updates: dict[str, Tensor]
     choices: Choices
+    flips: int = 0
 
 
 @dataclass(frozen=True)
@@ -81,52 +83,43 @@ def measure(config: RunConfig, mesh: Mesh, dtype: torch.dtype, choices: Choices 
     Args:
         choices: expert choices to replay, by layer and global micro-batch.
     """
-    model = build_model(config.model, mesh, seed=config.seed, dtype=dtype)
-    optimizer = build_optimizer(config.optim, model)
     stream = Stream(open_data(config), config.data, dp_rank=mesh.dp_rank, dp_size=mesh.dp_size)
     data = stream.next()
-    sums = torch.zeros(len(config.model.modalities), dtype=dtype, device=mesh.device)
-    loss = torch.zeros((), dtype=dtype, device=mesh.device)
-    experts = {name: module for name, module in model.named_modules() if isinstance(module, MoE)}
-    made: Choices = {name: [] for name in experts}
-    for number, batch in enumerate(data.micro_batches):
-        at = mesh.dp_rank * len(data.micro_batches) + number
-        for name, layer in experts.items():
-            layer.replay = None if choices is None else _share_of(choices[name][at], batch, model)
-        output = next_token(model, batch, data.total_weight)
-        output.loss.backward()
-        loss += output.loss.detach()
-        sums += output.sums
-        for name, layer in experts.items():
-            assert layer.chosen is not None
-            made[name].append(layer.chosen)
+    witness = Witness(choices, mesh.dp_rank * len(data.micro_batches), MARGIN[dtype])
+    engine = build_engine(config, mesh, witness, dtype)
+    for layer in (module for model in engine.models for module in model.modules() if isinstance(module, MoE)):
+        # The global balancing term looks at the loads of the step before.
+        layer.expert_load.copy_(torch.arange(1.0, 1 + layer.expert_load.numel()).view_as(layer.expert_load))
+    witness.watch(engine.models)
+    engine.accumulate(data.micro_batches, data.total_weight)
+    loss = witness.loss(torch.zeros((), dtype=dtype, device=mesh.device))
+    flips = torch.tensor(witness.flips, device=mesh.device)
     dist.all_reduce(loss)
-    norm = gradient_norm(model.parameters())
-    gradients = whole_tensors(model, gradient=True)
-    before = whole_tensors(model, gradient=False)
-    optimizer.step()
-    updates = {name: value - before[name] for name, value in whole_tensors(model, gradient=False).items()}
-    return Measurement(float(loss) / mesh.tp_size, norm, gradients, updates, made)
+    dist.all_reduce(flips)
+    norm = engine.gradient_norm()
+    gradients = whole_tensors(engine.models, gradient=True)
+    before = whole_tensors(engine.models, gradient=False)
+    assert isinstance(engine.optimizer, torch.optim.Optimizer)
+    engine.optimizer.step()
+    updates = {name: value - before[name] for name, value in whole_tensors(engine.models, gradient=False).items()}
+    return Measurement(float(loss) / mesh.tp_size, norm, gradients, updates, witness.made, int(flips))
 
 
-def _share_of(chosen: Tensor, batch: dict[str, Tensor], model: HybridModel) -> Tensor:
-    """Of the choices [T, k] for a micro-batch, those for this context-parallel rank's tokens."""
-    return Layout.from_batch(batch, len(model.config.modalities), model.mesh).mine(chosen)
-
-
-def whole_tensors(model: nn.Module, gradient: bool) -> dict[str, Tensor]:
-    """Every logical parameter, or its gradient, gathered: by name, on the CPU."""
+def whole_tensors(models: Sequence[HybridModel], gradient: bool) -> dict[str, Tensor]:
+    """Every logical parameter of all stages, or its gradient, gathered: by name, on the CPU."""
     # It advises flattened meshes for speed; this gathers once, for a comparison.
     logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
     tensors: dict[str, Tensor] = {}
-    for name, parameter, part in named_parts(model):
+    for name, parameter, part in (entry for model in models for entry in named_parts(model)):
         value = parameter.grad if gradient else parameter.detach()
         if not isinstance(value, DTensor):
             raise ConfigError(f"verify: {name} has no gradient on rank {dist.get_rank()}: it took no part in the step")
-        for key, entry in split_bank(value, part, name).items():
-            assert isinstance(entry, DTensor)
-            tensors[key] = entry.full_tensor().cpu().clone()
-    return tensors
+        tensors.update({key: entry.cpu().clone() for key, entry in whole_entries(value, part, name).items()})
+    mesh = models[0].mesh
+    stages: list[dict[str, Tensor]] = [tensors] * mesh.pp_size
+    if mesh.pp_size > 1:
+        dist.all_gather_object(stages, tensors, group=mesh.pp_group)
+    return {name: tensor for stage in stages for name, tensor in stage.items()}
 
 
 def compare(actual: Measurement, expected: Measurement, dtype: torch.dtype) -> list[Line]:
@@ -141,6 +134,8 @@ def compare(actual: Measurement, expected: Measurement, dtype: torch.dtype) -> l
         if quantity in tolerance:
             worst, where = _worst(ours, theirs, precision)
             lines.append(Line(precision, quantity, worst, tolerance[quantity], where))
+    if expected.choices:
+        lines.append(Line(precision, "expert choices", actual.flips, 0.0, ""))
     return lines
 
 
@@ -174,32 +169,49 @@ def verification(config: RunConfig, world_size: int) -> RunConfig:
     if config.engine == "deepspeed":
         raise ConfigError("verify: DeepSpeed has no float64, in which a plan is proven; verify it with engine=fsdp2")
     config.model.check(config.mesh.tp)
-    mesh = config.mesh.resolve(world_size) if config.mesh.dp_shard == -1 else config.mesh
-    mesh = replace(mesh, dp_replicate=min(2, mesh.dp_replicate), dp_shard=min(2, mesh.dp_shard))
-    needed = mesh.dp_replicate * mesh.dp_shard * mesh.cp * mesh.tp
-    if needed > MAX_PROCESSES:
+    config.model.check_experts(config.mesh)
+    given = config.mesh
+    asked = world_size if given.dp_shard == -1 else given.n_processes
+    mesh = cap_data_axes(given.resolve(asked))
+    if mesh.n_processes > MAX_PROCESSES:
+        stages = f"pp {mesh.pp} × " if mesh.pp > 1 else ""
         raise ConfigError(
-            f"verify: cp {mesh.cp} × tp {mesh.tp} with dp_replicate {mesh.dp_replicate} × dp_shard {mesh.dp_shard} "
-            f"needs {needed} processes on this machine, more than {MAX_PROCESSES}; override an axis, such as mesh.cp=2"
+            f"verify: {stages}cp {mesh.cp} × tp {mesh.tp} with dp_replicate {mesh.dp_replicate} × dp_shard "
+            f"{mesh.dp_shard} needs {mesh.n_processes} processes on this machine, more than {MAX_PROCESSES}; override "
+            f"an axis, such as mesh.cp=2"
         )
     small = shrink(config, steps=1, mesh=mesh)
-    # Three rows to a micro-batch: context ranks are then cut inside rows, and hold starts of others.
-    rows = 2 * 3 * mesh.dp_replicate * mesh.dp_shard
+    # Three rows to a micro-batch: context ranks are then cut inside rows, and hold starts of others. Twice as many
+    # micro-batches as pipeline ranks suit every schedule.
+    rows = 2 * mesh.pp * 3 * mesh.dp_replicate * mesh.dp_shard
     seq_len = 8 * mesh.cp * mesh.tp * -(-64 // (8 * mesh.cp * mesh.tp))
     data = replace(small.data, seq_len=seq_len, global_batch=rows, micro_batch=3)
     # A wider start than training's, so that every part of every layer matters to the loss.
     return replace(small, data=data, model=replace(small.model, init_std=0.1))
 
 
+def cap_data_axes(mesh: MeshConfig) -> MeshConfig:
+    """Data-parallel axes of at most two: replicas, expert-parallel ranks, and ranks that share the same experts."""
+    ranks = mesh.dp_shard * mesh.cp
+    ep = next(n for n in range(min(2, mesh.ep), mesh.ep + 1) if mesh.ep % n == 0)
+    sharing = min(2, ranks // mesh.ep)
+    fitting = [
+        shard
+        for shard in range(min(2, mesh.dp_shard), mesh.dp_shard + 1)
+        if shard * mesh.cp % ep == 0 and shard * mesh.cp // ep >= sharing
+    ]
+    return replace(mesh, dp_replicate=min(2, mesh.dp_replicate), dp_shard=fitting[0], ep=ep)
+
+
 def verify_config(config: RunConfig, world_size: int) -> tuple[RunConfig, list[Line]]:
     """Run both sides, in processes of their own; the verified plan and its certificate."""
     plan = verification(config, world_size)
     mesh = plan.mesh
-    processes = mesh.dp_replicate * mesh.dp_shard * mesh.cp * mesh.tp
+    processes = mesh.n_processes
     check_run(plan, processes)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        alone = replace(plan, mesh=MeshConfig(dp_shard=1))
+        alone = replace(plan, mesh=MeshConfig(dp_shard=1), recompute=RecomputeConfig())
         for name, side in (("one", alone), ("plan", plan)):
             (folder / f"{name}.yaml").write_text(to_yaml(side))
         module = "polylepis.pretrain.verify"
@@ -217,6 +229,8 @@ def certificate(plan: RunConfig, lines: Sequence[Line]) -> str:
     """The certificate as a person reads it."""
     mesh = plan.mesh
     axes = f"dp_replicate {mesh.dp_replicate} × dp_shard {mesh.dp_shard} × cp {mesh.cp} × tp {mesh.tp}"
+    axes = f"pp {mesh.pp} ({plan.pipeline.schedule}) × {axes}" if mesh.pp > 1 else axes
+    axes += f", of which ep {mesh.ep}" if mesh.ep > 1 else ""
     head = [
         f"plan: {axes} (+ sequence parallelism) against one process, gloo on the CPU",
         f"model: {plan.model.pattern}, d_model {plan.model.d_model}, {', '.join(plan.model.modalities)}",

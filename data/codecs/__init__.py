@@ -1,4 +1,4 @@
-"""Codecs: images and speech as integer codes, learnt without gradients in about a second, or pretrained."""
+"""Codecs: pictures, sounds, bytes, series and latents as codes or vectors; learnt in a second, pretrained, or plain."""
 
 from __future__ import annotations
 
@@ -7,18 +7,32 @@ from pathlib import Path
 from ..errors import DataError
 from .base import Codec, load_arrays
 from .hub import HubSpeech
+from .hub_image import HubImage, HubLatents, open_picture_model
 from .image import PatchKMeans
+from .plain import ByteCodec, GivenLatents, SeriesCodec
 from .speech import LogMelKMeans
 
-__all__ = ["Codec", "HubSpeech", "LogMelKMeans", "PatchKMeans", "load_codec"]
+__all__ = [
+    "ByteCodec",
+    "Codec",
+    "GivenLatents",
+    "HubImage",
+    "HubLatents",
+    "HubSpeech",
+    "LogMelKMeans",
+    "PatchKMeans",
+    "SeriesCodec",
+    "load_codec",
+    "open_picture_model",
+]
+
+_KNOWN = (PatchKMeans, LogMelKMeans, HubSpeech, HubImage, HubLatents, ByteCodec, SeriesCodec, GivenLatents)
 
 
-def load_codec(path: str | Path) -> PatchKMeans | LogMelKMeans | HubSpeech:
+def load_codec(path: str | Path) -> Codec:
     """Reads any codec that this version knows; DataError for another."""
     settings, _ = load_arrays(Path(path))
-    for known in (PatchKMeans, LogMelKMeans, HubSpeech):
+    for known in _KNOWN:
         if settings.get("id") == known.id:
             return known.load(path)
-    raise DataError(
-        f"{path}: unknown codec {settings.get('id')!r}; known are {PatchKMeans.id}, {LogMelKMeans.id}, {HubSpeech.id}"
-    )
+    raise DataError(f"{path}: unknown codec {settings.get('id')!r}; known are {', '.join(one.id for one in _KNOWN)}")

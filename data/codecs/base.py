@@ -20,7 +20,9 @@ class Codec(Protocol):
 
     Attributes:
         id: name of the method, e.g. "patch-kmeans".
-        kind: "discrete" (integer codes).
+        kind: "discrete" (integer codes), or "continuous": then `encode` gives latents float32 [n, width], `decode`
+            takes them, `vocab_size` is 1 (the slot), and there are `width` and `dtype` ("bfloat16" or "float16", how
+            they are stored).
         vocab_size: number of different codes.
         fingerprint: 32 hexadecimal digits; equal exactly when encode and decode are.
     """
@@ -35,7 +37,7 @@ class Codec(Protocol):
     def fingerprint(self) -> str: ...
 
     def encode(self, array: np.ndarray) -> np.ndarray:
-        """The array's codes, int64 [n]."""
+        """The array's codes, int64 [n] (latents float32 [n, width] where continuous)."""
         ...
 
     def decode(self, codes: np.ndarray) -> np.ndarray:

@@ -1,13 +1,7 @@
-"""Speech codecs of Hugging Face (Mimi, EnCodec) as a `Codec`: residual codes, flattened frame by frame.
-
-The weights stay where they are, and their licence is the user's choice; a data set remembers the folder and the hash of
-the weights. Training never loads them: only encoding and decoding do.
-"""
+"""Speech codecs of Hugging Face (Mimi, EnCodec) as a `Codec`: residual codes, flattened frame by frame."""
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,13 +9,13 @@ from typing import Any
 import numpy as np
 
 from ..errors import DataError
-from ..files import fingerprint
-from .base import check_codes, load_arrays, save_arrays
+from .base import check_codes
+from .hub_base import HubCodec, hash_weights, read_config
 
 _KINDS = {"mimi": "MimiModel", "encodec": "EncodecModel"}
 
 
-class HubSpeech:
+class HubSpeech(HubCodec):
     """Codes of mono waveforms by a pretrained model; code k of quantiser q is q * codebook_size + k.
 
     Args:
@@ -32,10 +26,9 @@ class HubSpeech:
     kind = "discrete"
 
     def __init__(self, settings: dict[str, Any]) -> None:
-        self.settings = settings
+        super().__init__(settings)
         self.rate, self.n_q = int(settings["rate"]), int(settings["n_q"])
         self.codebook_size = int(settings["codebook_size"])
-        self._model: Any = None
 
     @classmethod
     def open(cls, folder: str | Path, *, n_q: int) -> HubSpeech:
@@ -45,11 +38,8 @@ class HubSpeech:
             DataError: transformers is missing, or there is no such model or quantiser.
         """
         path = Path(folder).resolve()
-        try:
-            config = json.loads((path / "config.json").read_text())
-            kind = config["model_type"]
-        except (OSError, ValueError, KeyError) as error:
-            raise DataError(f"{path} holds no model of Hugging Face ({error})") from error
+        config = read_config(path)
+        kind = config.get("model_type")
         if kind not in _KINDS:
             raise DataError(f"{path} holds a {kind}; speech codecs are {', '.join(_KINDS)}")
         settings = {
@@ -60,7 +50,7 @@ class HubSpeech:
             "n_q": n_q,
             "codebook_size": config.get("codebook_size", 0),
             "rate": config.get("sampling_rate", 24000),
-            "weights": _hash_weights(path),
+            "weights": hash_weights(path),
         }
         codec = cls(settings)
         model = codec._load()
@@ -75,12 +65,6 @@ class HubSpeech:
     def vocab_size(self) -> int:
         """Number of codes, over all quantisers."""
         return self.n_q * self.codebook_size
-
-    @property
-    def fingerprint(self) -> str:
-        """Changes with the weights, the kind of model or the number of quantisers; not with the folder."""
-        fields = {name: value for name, value in self.settings.items() if name != "folder"}
-        return fingerprint(json.dumps(fields, sort_keys=True).encode())
 
     def encode(self, array: np.ndarray) -> np.ndarray:
         """Codes int64 [frames * n_q], frame by frame, of an int16 or float (-1..1) waveform [n] at `rate`.
@@ -110,22 +94,6 @@ class HubSpeech:
             found = model.decode(local[None, None], [None]) if self._chunked else model.decode(local[None])
         return found[0][0, 0].numpy().astype(np.float32)
 
-    def save(self, path: str | Path) -> None:
-        """Writes settings alone, as an .npz without pickle, atomically; the weights are not copied."""
-        save_arrays(Path(path), self.settings, np.zeros(0, dtype=np.float32))
-
-    @classmethod
-    def load(cls, path: str | Path) -> HubSpeech:
-        """Reads `save`'s file; the model itself is loaded when it is first needed."""
-        settings, _ = load_arrays(Path(path))
-        if settings.get("id") != cls.id or settings.get("version") != 1:
-            raise DataError(f"{path} holds codec {settings.get('id')!r} v{settings.get('version')}, not {cls.id} v1")
-        return cls(settings)
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Workers load the model themselves."""
-        return {**self.__dict__, "_model": None}
-
     @property
     def _chunked(self) -> bool:
         return self.settings["model_type"] == "encodec"
@@ -140,29 +108,8 @@ class HubSpeech:
             found = model.encode(torch.from_numpy(wave)[None, None], **options).audio_codes
         return found.reshape(-1, found.shape[-1]).numpy().astype(np.int64)
 
-    def _load(self) -> Any:
-        if self._model is None:
-            folder = Path(self.settings["folder"])
-            try:
-                import transformers
-            except ImportError as error:
-                raise DataError("pretrained codecs need: pip install polylepis[hf]") from error
-            if _hash_weights(folder) != self.settings["weights"]:
-                raise DataError(f"{folder}: these are not the weights that the codes were made with")
-            kind = getattr(transformers, _KINDS[self.settings["model_type"]])
-            try:
-                self._model = kind.from_pretrained(folder, local_files_only=True).eval()
-            except (OSError, ValueError) as error:
-                raise DataError(f"cannot load {folder}: {' '.join(str(error).split())}") from error
-        return self._model
+    def _build(self, folder: Path) -> Any:
+        import transformers
 
-
-def _hash_weights(folder: Path) -> str:
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise DataError(f"{folder} holds no weights (*.safetensors)")
-    digest = hashlib.sha256()
-    for file in files:
-        with open(file, "rb") as stream:
-            digest.update(hashlib.file_digest(stream, "sha256").digest())
-    return digest.hexdigest()[:32]
+        kind = getattr(transformers, _KINDS[self.settings["model_type"]])
+        return kind.from_pretrained(folder, local_files_only=True).eval()

@@ -249,9 +249,10 @@ class DeepSpeedEngine:
         ranks = self.mesh.device_mesh["fsdp"].size()
         for number, batch in enumerate(batches):
             self._engine.set_gradient_accumulation_boundary(number == len(batches) - 1)
-            ready = self._objective.prepare(batch, self.mesh, n_modalities, total_weight)
+            # DeepSpeed averages over these ranks; W is the divisor of the loss and of every term that layers add to it.
+            ready = self._objective.prepare(batch, self.mesh, n_modalities, total_weight / ranks)
             output = ready.finish(self._engine(ready.tokens, ready.layout, ready.labels))
-            self._engine.backward(output.loss * ranks, scale_wrt_gas=False)  # DeepSpeed averages over these ranks
+            self._engine.backward(output.loss, scale_wrt_gas=False)
             sums += output.sums
         return sums
 

@@ -16,6 +16,8 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from ..errors import PlanError
+from ..kinds.moe import Bank
+from ..kinds.moe_router import Router
 from ..mesh import Mesh
 from ..model import HybridModel, ModelConfig
 from ..parts import fsdp_placement, materialise, named_parts
@@ -74,23 +76,42 @@ def build_model(
 
 
 def _shard(module: nn.Module, mesh: Mesh, policy: MixedPrecisionPolicy) -> None:
-    """Also over one rank: an unwrapped replicated weight would keep a partial gradient after sequence parallelism."""
+    """Also over one rank: an unwrapped replicated weight would keep a partial gradient after sequence parallelism.
+
+    Experts that lie on ranks of their own form a group of their own, and so do routers where the rest is rounded.
+    """
     placement = fsdp_placement(module)
+    banks: list[nn.Module] = [
+        inner for inner in module.modules() if isinstance(inner, Bank) and not isinstance(inner, FSDPModule)
+    ]
     reshard = False if mesh.pp_size > 1 else None
+    if banks and mesh.experts is not None:
+        fully_shard(
+            banks,
+            mesh=mesh.expert_fsdp,
+            mp_policy=policy,
+            shard_placement_fn=placement.get,
+            reshard_after_forward=reshard,
+        )
+    for inner in list(module.modules()):
+        if isinstance(inner, Router) and policy.param_dtype is not None and not isinstance(inner, FSDPModule):
+            exact = MixedPrecisionPolicy(cast_forward_inputs=False)
+            fully_shard(inner, mesh=mesh.fsdp, mp_policy=exact, reshard_after_forward=reshard)
     fully_shard(
         module, mesh=mesh.fsdp, mp_policy=policy, shard_placement_fn=placement.get, reshard_after_forward=reshard
     )
 
 
 def _check_banks(model: HybridModel, mesh: Mesh) -> None:
-    ranks = mesh.device_mesh["fsdp"].size()
+    everyone, sharing = mesh.device_mesh["fsdp"].size(), mesh.expert_fsdp.shape[-1]
     for name, parameter, part in named_parts(model):
         if part.entries:
-            dim = 2 if part.tp_dim == 0 else 1
+            dim, ranks = (2 if part.tp_dim == 0 else 1), sharing if part.expert else everyone
             if parameter.shape[dim] % ranks:
+                axes = "dp_shard × cp" + (" / ep" if part.expert and mesh.ep_size > 1 else "")
                 raise PlanError(
-                    f"{name}: dimension {dim} of the bank {tuple(parameter.shape)} is not divisible by dp_shard × cp = "
-                    f"{ranks}; raise dp_replicate instead"
+                    f"{name}: dimension {dim} of the bank {tuple(parameter.shape)} is not divisible by {axes} = "
+                    f"{ranks}; raise {'ep or ' if part.expert else ''}dp_replicate instead"
                 )
 
 

@@ -27,6 +27,7 @@ from torch.distributed.pipelining.schedules import (
 )
 
 from ..errors import PlanError
+from ..kinds.mamba import Mamba
 from ..mesh import Mesh
 from ..model import HybridModel, ModelConfig
 from ..pipeline.config import SPLIT_BACKWARD, PipelineConfig, check_split_backward
@@ -132,8 +133,10 @@ class PipelineEngine(FSDPEngine):
         self.models, self.config = tuple(models), config
         for model in models:
             check_stays_gathered(model)
-        if config.schedule in SPLIT_BACKWARD:
-            check_split_backward(models[0].config, config, recompute or RecomputeConfig())
+            for module in model.modules():
+                if isinstance(module, Mamba):
+                    module.split_backward = config.schedule in SPLIT_BACKWARD
+        check_split_backward(models[0].config, config, recompute or RecomputeConfig())
         self._dtype = next(models[0].parameters()).dtype
         self._stream_dtype = compute_dtype or self._dtype
         self._stages: list[_Stage] = []

@@ -15,7 +15,7 @@ from ..errors import PlanError
 from ..layout import Layout
 from ..linear import packed_linear, project
 from ..parts import Init, Part
-from .base import HFKey, Kind, Mixer, NewTokens, Shape, flat
+from .base import HFKey, Kind, Load, Mixer, NewTokens, Shape, Work, flat
 
 
 @dataclass(frozen=True)
@@ -137,8 +137,38 @@ def flops(config: AttentionConfig, shape: Shape, mean_keys: float) -> float:
     return float(2 * shape.d_model * (2 * q + 2 * kv) + 4 * mean_keys * q)
 
 
+def work(config: AttentionConfig, shape: Shape, load: Load) -> Work:
+    """Fused attention skips what a causal mask hides; scaled_dot_product_attention per document is counted whole.
+
+    The backward forms the scores again, so it has five products where the forward has two.
+    """
+    q, kv = config.n_heads * config.head_dim // load.tp, config.n_kv_heads * config.head_dim // load.tp
+    keys = load.mean_keys if load.kernels == "triton" else 2 * load.mean_keys - 1
+    mixing = 4 * load.tokens * keys * q
+    product = load.tokens * 2 * shape.d_model
+    return Work(product * (2 * q + 2 * kv), product * q, mixing, 2.5 * mixing)
+
+
+def saved(config: AttentionConfig, shape: Shape, load: Load) -> float:
+    """The input, q, k and v (as projected, or stacked by document, or turned by RoPE), output and its log-sum-exp."""
+    q, kv = config.n_heads * config.head_dim // load.tp, config.n_kv_heads * config.head_dim // load.tp
+    token = load.itemsize * (shape.d_model + 2 * q + 2 * kv) + 4 * config.n_heads // load.tp
+    if config.rope_base is not None:
+        token += 2 * load.wide * config.head_dim  # cos and sin, for q and for k
+    if load.kernels == "torch" and 2 * load.mean_keys - 1 < load.tokens:
+        token += load.itemsize * q  # several documents are put together again after the attention
+    return load.tokens * token + load.itemsize * (q + 2 * kv) * shape.d_model
+
+
+def kept(config: AttentionConfig, shape: Shape, load: Load) -> float:
+    """The projections of q, k and v where they widen; the attention's output and log-sum-exp."""
+    q, kv = config.n_heads * config.head_dim // load.tp, config.n_kv_heads * config.head_dim // load.tp
+    token = load.itemsize * (q + (q + 2 * kv if q + 2 * kv > shape.d_model else 0))
+    return load.tokens * (token + 4 * config.n_heads // load.tp)
+
+
 def hf_keys(config: AttentionConfig) -> tuple[HFKey, ...]:
     return tuple(HFKey(f"{n}_proj.weight", (f"{n}_proj.weight",)) for n in "qkvo")
 
 
-KIND = Kind("*", "attention", "attention", Attention, parts, check, flops, hf_keys)
+KIND = Kind("*", "attention", "attention", Attention, parts, check, flops, hf_keys, work, saved, kept)

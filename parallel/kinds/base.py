@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from types import MappingProxyType
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -57,9 +58,19 @@ class Mixer(PartModule):
     sees all tokens and only its own heads (or channels, or feed-forward columns).
     """
 
-    def __init__(self, config: Any, shape: Shape, mesh: Mesh, parts: Mapping[str, Part]) -> None:
+    def __init__(
+        self,
+        config: Any,
+        shape: Shape,
+        mesh: Mesh,
+        parts: Mapping[str, Part],
+        holders: Mapping[str, PartModule] = MappingProxyType({}),
+    ) -> None:
+        """`holders` are modules that own parts and compute with them; other parts only hang under their names."""
         super().__init__()
         self.config, self.shape, self.mesh = config, shape, mesh
+        for name, holder in holders.items():
+            self.add_module(name, holder)
         for name, part in parts.items():
             add_part(self, name, part, mesh)
 
@@ -92,6 +103,61 @@ class NewTokens:
     modality: Route
 
 
+@dataclass(frozen=True)
+class Load:
+    """What one rank has of a micro-batch: everything, besides the layer, that its cost depends on.
+
+    Attributes:
+        tokens: tokens of the micro-batch on this context-parallel rank.
+        mean_keys: keys that a token attends to on average; for documents of lengths n_i, Σ n_i(n_i+1)/2 / Σ n_i.
+        tp, cp: ranks along these axes.
+        itemsize: bytes of an activation (of the compute dtype).
+        modalities: modality banks that have tokens; with one, routed projections need no sorting.
+        kernels: `triton` on a GPU, `torch` the reference path.
+        busiest: tokens of the busiest expert-parallel rank over the mean (1 when balanced).
+    """
+
+    tokens: int
+    mean_keys: float
+    tp: int = 1
+    cp: int = 1
+    itemsize: int = 4
+    modalities: int = 1
+    kernels: Literal["torch", "triton"] = "torch"
+    busiest: float = 1.0
+
+    @property
+    def wide(self) -> int:
+        """Bytes of what is computed in at least float32."""
+        return max(4, self.itemsize)
+
+
+@dataclass(frozen=True)
+class Work:
+    """FLOPs of matrix products that one rank executes for one micro-batch (2 per multiply-add).
+
+    Attributes:
+        weights: forward products with weights; the backward of the inputs takes as many again, and so does that of
+            the weights.
+        last: of `weights`, the layer's last product, which recompute does not repeat.
+        mixing, mixing_backward: products among activations (scan, attention), whole tiles as the operators work them
+            off, what their backward computes again included.
+    """
+
+    weights: float
+    last: float
+    mixing: float = 0.0
+    mixing_backward: float = 0.0
+
+    @property
+    def forward(self) -> float:
+        return self.weights + self.mixing
+
+    @property
+    def backward(self) -> float:
+        return 2 * self.weights + self.mixing_backward
+
+
 class Parts(Protocol):
     def __call__(self, config: Any, shape: Shape) -> dict[str, Part]: ...
 
@@ -108,6 +174,10 @@ class Kind:
         check: raises PlanError where the configuration does not fit the model or tensor parallelism.
         flops: forward FLOPs per token (2 per multiply-add), given the mean number of keys that a token attends to.
         hf_keys: its tensors in the layout that NemotronH, Mamba2 and vLLM read.
+        work: matrix products that a rank executes.
+        saved: bytes that the mixer keeps for backward per micro-batch and rank, weights that were packed for one GEMM
+            among them, parameters not.
+        kept: of that, what `selective` recompute keeps besides the layer's input (`recompute.KEPT`).
     """
 
     symbol: str
@@ -118,6 +188,9 @@ class Kind:
     check: Callable[[Any, Shape, int], None]
     flops: Callable[[Any, Shape, float], float]
     hf_keys: Callable[[Any], tuple[HFKey, ...]]
+    work: Callable[[Any, Shape, Load], Work]
+    saved: Callable[[Any, Shape, Load], float]
+    kept: Callable[[Any, Shape, Load], float]
 
 
 def flat(x_bsD: Tensor) -> Tensor:
@@ -126,3 +199,8 @@ def flat(x_bsD: Tensor) -> Tensor:
 
 def squared_relu(x: Tensor) -> Tensor:
     return torch.relu(x).square()
+
+
+def skip(y: Tensor, x: Tensor, D_H: Tensor) -> Tensor:
+    """y + D·x, both […, H, P]."""
+    return y + (x * D_H[:, None]).to(y.dtype)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ...kernels.conv import causal_conv1d
 from ...kernels.norm import gated_rms_norm
-from ...kernels.ssd import ssd
+from ...kernels.ssd import ssd, ssd_core
 from ..errors import PlanError
 from ..layout import HALO, Layout
 from ..linear import packed_linear, project
@@ -23,7 +23,7 @@ from ..megatron import sum_over_both_ways
 from ..mesh import Mesh
 from ..parts import Init, Part, local
 from ..routing import Route
-from .base import HFKey, Kind, Mixer, NewTokens, Shape, flat
+from .base import HFKey, Kind, Load, Mixer, NewTokens, Shape, Work, flat, skip
 from .mamba_context import over_heads, pass_states
 
 PROJECTIONS = ("z", "x", "B", "C", "dt")
@@ -107,6 +107,14 @@ def parts(config: MambaConfig, shape: Shape) -> dict[str, Part]:
     return result
 
 
+def placed(config: MambaConfig, parts: Mapping[str, Part], tp: int) -> dict[str, Part]:
+    """The parts as they lie over tp: those of B and C are replicated where ranks share a group."""
+    if config.n_groups % tp == 0:
+        return dict(parts)
+    shared = ("in_proj.B.weight", "in_proj.C.weight", *(f"conv.{p}.{w}" for p in "BC" for w in ("weight", "bias")))
+    return {n: replace(part, tp_dim=None) if n in shared else part for n, part in parts.items()}
+
+
 class Mamba(Mixer):
     """x, B, C through a causal convolution, SSD with this rank's heads and groups, gate, grouped RMSNorm, out.
 
@@ -118,16 +126,13 @@ class Mamba(Mixer):
 
     def __init__(self, config: MambaConfig, shape: Shape, mesh: Mesh, parts: Mapping[str, Part]) -> None:
         self.spans_ranks = config.n_groups % mesh.tp_size != 0
-        if self.spans_ranks:
-            shared = (
-                "in_proj.B.weight",
-                "in_proj.C.weight",
-                *(f"conv.{p}.{w}" for p in "BC" for w in ("weight", "bias")),
-            )
-            parts = {n: replace(part, tp_dim=None) if n in shared else part for n, part in parts.items()}
-        super().__init__(config, shape, mesh, parts)
+        super().__init__(config, shape, mesh, placed(config, parts, mesh.tp_size))
         self.n_heads = config.n_heads(shape) // mesh.tp_size
         self.n_groups = 1 if self.spans_ranks else config.n_groups // mesh.tp_size
+
+        # For schedules that compute gradients of weights apart from those of inputs: an operator that takes a parameter
+        # would run its whole backward twice, so A, dt_bias and D then stay outside of the scan.
+        self.split_backward = False
 
     def forward(self, h_TD: Tensor, layout: Layout) -> Tensor:
         if layout.context is not None:
@@ -188,6 +193,10 @@ class Mamba(Mixer):
     ) -> tuple[Tensor, Tensor]:
         """[b, l, x|B|C] → y [b, l, I] and the final state [b, H, P, N]."""
         x, B, C = self.split(xBC, self.n_heads, self.n_groups)
+        if self.split_backward and state is None:
+            wide = dt.to(torch.promote_types(dt.dtype, torch.float32)) + self.bias_of_dt(plan, dt.shape)
+            y, final = self.scan_outside(x, wide, self.decay_rate(xBC.dtype), B, C, local(self.D), seq_idx)
+            return y.flatten(-2), final
         outputs = ssd(
             x,
             dt,
@@ -204,6 +213,20 @@ class Mamba(Mixer):
         )
         assert isinstance(outputs, tuple)
         return outputs[0].flatten(-2), outputs[1]
+
+    def scan_outside(
+        self, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, seq_idx: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """The same scan with every parameter outside of the operator; dt has its bias already."""
+        scale = nn.functional.softplus(dt.to(torch.promote_types(dt.dtype, torch.float32)))
+        outputs = ssd_core(
+            *(x, scale * A, scale, B, C),
+            seq_idx=seq_idx,
+            chunk_size=self.config.chunk_size,
+            return_final_states=True,
+        )
+        assert isinstance(outputs, tuple)
+        return skip(outputs[0], x, D), outputs[1]
 
     def bias_of_dt(self, plan: Route, shape: Sequence[int]) -> Tensor:
         """[H], or of the given shape [b, l, H] where each modality has its own."""
@@ -246,6 +269,75 @@ def flops(config: MambaConfig, shape: Shape, mean_keys: float) -> float:
     return float(projections + conv + intra + states)
 
 
+def _local_widths(config: MambaConfig, shape: Shape, tp: int) -> tuple[int, int, int]:
+    """Of one tp rank: inner width, width of B (and of C), heads."""
+    groups = max(1, config.n_groups // tp)
+    return config.d_inner(shape) // tp, groups * config.d_state, config.n_heads(shape) // tp
+
+
+def work(config: MambaConfig, shape: Shape, load: Load) -> Work:
+    """Projections, and the chunked scan with whole tiles (its backward forms C·Bᵀ again)."""
+    inner, bc, heads = _local_widths(config, shape, load.tp)
+    chunk, states = _chunk(config, load.tokens), inner * config.d_state
+    weights = 2 * shape.d_model * (2 * inner + 2 * bc + heads) + 2 * inner * shape.d_model
+    mixing = 2 * (chunk * (bc + inner) + 2 * states)
+    backward = 2 * (chunk * (3 * bc + 2 * inner + heads) + 4 * states)
+    if load.cp > 1:  # what the entering state adds to y
+        mixing, backward = mixing + 2 * states, backward + 4 * states
+    T = load.tokens
+    return Work(T * weights, T * 2 * inner * shape.d_model, T * mixing, T * backward)
+
+
+def _chunk(config: MambaConfig, tokens: int) -> int:
+    """Tokens per chunk: equal chunks of at most `chunk_size`."""
+    return -(-tokens // -(-tokens // config.chunk_size))
+
+
+def saved(config: MambaConfig, shape: Shape, load: Load) -> float:
+    """See `work` for the order: projections, convolution, scan, gated norm, out-projection."""
+    inner, bc, heads = _local_widths(config, shape, load.tp)
+    a, wide, T, d = load.itemsize, load.wide, load.tokens, shape.d_model
+    channels, widths = inner + 2 * bc, {"z": inner, "x": inner, "B": bc, "C": bc, "dt": heads}
+    routed = [p for p in PROJECTIONS if p in config.routed]
+    shared = [p for p in PROJECTIONS if p not in config.routed]
+    # What stays of the projections is z, a view of all that was projected with it.
+    kept = sum(widths[p] for p in (routed if "z" in routed else shared))
+    inputs = 2 if routed and shared and load.modalities > 1 else 1  # as it came, and sorted
+    token = a * (inputs * d + kept + 2 * channels + 2 * inner) + wide * max(1, config.n_groups // load.tp)
+    if load.kernels == "torch":
+        chunk = _chunk(config, T)
+        chunks = -(-T // chunk)
+        token += wide * (channels + 5 * heads) + a * bc + 18  # conv before SiLU, decays, masked C, document numbers
+        token += 0 if a == wide else wide * inner  # D·x in float32
+        fixed = wide * (chunks + 1) * inner * config.d_state
+        if T % chunk:  # padded copies take the place of what was padded; x itself stays for D·x, unless that was cast
+            token -= 0 if a == wide else a * channels
+            token -= a * bc + 2 * wide * heads
+            fixed += chunks * chunk * (a * channels + 2 * wide * heads)
+    else:
+        token, fixed = token + 8, 0  # document codes of convolution and scan
+        token += a * heads if 0 < len(routed) and ("dt" in routed) != ("z" in routed) else 0
+    if "dt_bias" in config.routed:
+        token += a * len(shape.modalities)
+    if config.n_groups % load.tp:  # the norm across ranks keeps its factors
+        token += wide * 3 * inner + (0 if a == wide else wide * 2 * inner)
+    weights = channels * (config.d_conv + 1)
+    for group, entries in ((shared, 1), (routed, len(shape.modalities))):
+        weights += d * entries * sum(widths[p] for p in group) if len(group) > 1 else 0  # one alone is not copied
+    return T * token + fixed + a * weights
+
+
+def kept(config: MambaConfig, shape: Shape, load: Load) -> float:
+    """Shared in-projections that widen, and the scan where it is an operator (Triton)."""
+    inner, bc, heads = _local_widths(config, shape, load.tp)
+    widths = {"z": inner, "x": inner, "B": bc, "C": bc, "dt": heads}
+    shared = sum(width for p, width in widths.items() if p not in config.routed)
+    token = load.itemsize * (shared if shared > shape.d_model else 0)
+    if load.kernels == "torch":
+        return load.tokens * token
+    return load.tokens * (token + load.itemsize * inner + 8 * heads) + 4 * inner * config.d_state
+
+
 def hf_keys(config: MambaConfig) -> tuple[HFKey, ...]:
     return (
         HFKey("in_proj.weight", tuple(f"in_proj.{p}.weight" for p in PROJECTIONS)),
@@ -259,4 +351,4 @@ def hf_keys(config: MambaConfig) -> tuple[HFKey, ...]:
     )
 
 
-KIND = Kind("M", "Mamba-2", "mamba", Mamba, parts, check, flops, hf_keys)
+KIND = Kind("M", "Mamba-2", "mamba", Mamba, parts, check, flops, hf_keys, work, saved, kept)

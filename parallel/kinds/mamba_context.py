@@ -13,6 +13,7 @@ from ...kernels.ssd import ssd, ssd_core
 from ..context import Context, StateExchange, exchange_halo, halo_places, share_heads, to_heads, to_sequence
 from ..layout import HALO, Layout
 from ..parts import local
+from .base import skip
 
 if TYPE_CHECKING:
     from .mamba import Mamba
@@ -46,13 +47,15 @@ def pass_states(mixer: Mamba, h_TD: Tensor, layout: Layout, context: Context) ->
         scale,
         B,
         C,
-        D=local(mixer.D),
+        D=None if mixer.split_backward else local(mixer.D),
         seq_idx=own,
         chunk_size=mixer.config.chunk_size,
         return_final_states=True,
     )
     assert isinstance(outputs, tuple)
     y, final = outputs
+    if mixer.split_backward:
+        y = skip(y, x, local(mixer.D))
     decayed = log_decay.to(final.dtype).cumsum(dim=1)
     exchange = StateExchange(final, decayed[:, -1], context)
     (z,) = mixer.project(h_TD, layout.modality, ("z",))
@@ -92,17 +95,12 @@ def over_heads(mixer: Mamba, h_TD: Tensor, layout: Layout, context: Context) -> 
     assert isinstance(convolved, Tensor)
     x, B, C = mixer.split(convolved, heads, groups)
     own = slice(rank * heads, (rank + 1) * heads)
-    y = ssd(
-        x,
-        dt[None],
-        mixer.decay_rate(x.dtype)[own],
-        B,
-        C,
-        mixer.config.chunk_size,
-        D=local(mixer.D)[own],
-        dt_softplus=True,
-        seq_idx=context.seq_idx[None],
-    )
+    A, D = mixer.decay_rate(x.dtype)[own], local(mixer.D)[own]
+    if mixer.split_backward:
+        y: Tensor | tuple[Tensor, Tensor] = mixer.scan_outside(x, dt[None], A, B, C, D, context.seq_idx[None])[0]
+    else:
+        chunk = mixer.config.chunk_size
+        y = ssd(x, dt[None], A, B, C, chunk, D=D, dt_softplus=True, seq_idx=context.seq_idx[None])
     assert isinstance(y, Tensor)
     return mixer.out(to_sequence(y[0].flatten(1), context), z, layout.modality)
 

@@ -13,7 +13,7 @@ from ..layout import Layout
 from ..linear import packed_linear, project
 from ..parts import Init, Part
 from ..routing import Route
-from .base import HFKey, Kind, Mixer, NewTokens, Shape, flat, squared_relu
+from .base import HFKey, Kind, Load, Mixer, NewTokens, Shape, Work, flat, squared_relu
 
 Activation = Literal["relu2", "gelu", "swiglu"]
 
@@ -71,9 +71,27 @@ def flops(config: MLPConfig, shape: Shape, mean_keys: float) -> float:
     return float(2 * shape.d_model * config.d_ff * (3 if config.activation == "swiglu" else 2))
 
 
+def work(config: MLPConfig, shape: Shape, load: Load) -> Work:
+    weights = load.tokens * flops(config, shape, load.mean_keys) / load.tp
+    return Work(weights, weights / (3 if config.activation == "swiglu" else 2))
+
+
+def saved(config: MLPConfig, shape: Shape, load: Load) -> float:
+    """The input, the inner activations, and gate and up packed into one weight."""
+    width = config.d_ff // load.tp
+    inner, packed = (4, 2 * width * shape.d_model) if config.activation == "swiglu" else (2, 0)
+    return load.itemsize * (load.tokens * (shape.d_model + inner * width) + packed)
+
+
+def kept(config: MLPConfig, shape: Shape, load: Load) -> float:
+    """What the up-projection (and gate) gives, where it widens."""
+    width = config.d_ff // load.tp * (2 if config.activation == "swiglu" else 1)
+    return load.itemsize * load.tokens * width if width > shape.d_model else 0.0
+
+
 def hf_keys(config: MLPConfig) -> tuple[HFKey, ...]:
     names = ("gate", "up", "down") if config.activation == "swiglu" else ("up", "down")
     return tuple(HFKey(f"{name}_proj.weight", (f"{name}_proj.weight",)) for name in names)
 
 
-KIND = Kind("-", "MLP", "mlp", MLP, parts, check, flops, hf_keys)
+KIND = Kind("-", "MLP", "mlp", MLP, parts, check, flops, hf_keys, work, saved, kept)

@@ -8,6 +8,7 @@ from types import MappingProxyType
 from typing import Literal
 
 from ..errors import PlanError
+from ..kinds.mamba import MambaConfig
 from ..model import ModelConfig
 from ..pattern import PIPELINE_CUT
 from ..recompute import RecomputeConfig
@@ -148,6 +149,26 @@ def cut_stages(model: ModelConfig, pipeline: PipelineConfig, pp: int, costs: Seq
 def check_split_backward(model: ModelConfig, pipeline: PipelineConfig, recompute: RecomputeConfig) -> None:
     """Refuse a schedule that splits the backward where that repeats matrix products or collectives.
 
+    What splits is what PyTorch differentiates operator by operator. A routed product is one operator for inputs and
+    weights, so both halves would run all of it; a recomputed layer would be recomputed in both.
+    (`tests/parallel/test_honest.py` counts products and collectives.)
+
     Raises:
-        PlanError: names the layer kind.
+        PlanError: names the layer and its kind.
     """
+    if pipeline.schedule not in SPLIT_BACKWARD:
+        return
+    others = ", ".join(name for name in CHUNKS if name not in SPLIT_BACKWARD)
+    for index in range(len(model.symbols)):
+        kind, layer = model.layer(index)
+        routed = sorted(set(layer.routed) - {"dt_bias"}) if isinstance(layer, MambaConfig) else []
+        why = ""
+        if kind.section == "moe" or routed:
+            why = f"its {'experts' if not routed else 'routed ' + ', '.join(routed)} would be multiplied twice"
+        elif getattr(recompute, kind.section) != "none":
+            why = f"recompute.{kind.section}: {getattr(recompute, kind.section)} would recompute it twice"
+        if why:
+            raise PlanError(
+                f"pipeline.schedule: {pipeline.schedule} computes gradients of inputs and of weights apart, but layer "
+                f"{index} is {kind.title}: {why}; accepted here: {others}"
+            )

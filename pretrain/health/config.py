@@ -25,7 +25,8 @@ class HealthConfig:
         spike_window: accepted steps that "recent" means.
         spike_history: accepted steps without which nothing is called a spike; warm-up steps do not count.
         spike_deviations: how far above the median, in standard deviations estimated from the median deviation.
-        spike_floor: the smallest such standard deviation, as a share of the median.
+        spike_floor, spike_norm_floor: the smallest such standard deviation of the loss, and of the gradient norm, as a
+            share of the median; norms have heavy tails, and clipping bears several times the usual.
         spike_before, spike_after: batches before and after the one that spiked which are left out with it.
         max_rollbacks: rollbacks within `spike_window` steps after which the run stops.
         snapshot_every: steps between the two states in memory that a rollback returns to (with `spike: act`).
@@ -48,6 +49,7 @@ class HealthConfig:
     spike_history: int = 32
     spike_deviations: float = 12.0
     spike_floor: float = 0.01
+    spike_norm_floor: float = 0.5
     spike_before: int = 1
     spike_after: int = 0
     max_rollbacks: int = 3
@@ -83,7 +85,7 @@ class HealthConfig:
         for name, smallest in least.items():
             if getattr(self, name) < smallest:
                 raise ConfigError(f"health.{name}: must be at least {smallest}, not {getattr(self, name)}")
-        for name in ("hang_seconds", "slow_seconds", "spike_deviations", "spike_floor"):
+        for name in ("hang_seconds", "slow_seconds", "spike_deviations", "spike_floor", "spike_norm_floor"):
             if not 0 < getattr(self, name) < float("inf"):
                 raise ConfigError(f"health.{name}: must be positive and finite, not {getattr(self, name)}")
         if not self.straggler_factor > 1:

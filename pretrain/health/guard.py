@@ -16,7 +16,8 @@ from torch import Tensor
 from ...checkpoints.keeper import Keeper
 from ...data.stream import Step, Stream
 from ...parallel.engines.base import Engine
-from ..errors import HealthError
+from ..errors import HealthError, RouterError
+from ..experts import check_routers
 from ..meter.pulse import Pulse
 from . import memory, nonfinite, replicas
 from .config import HealthConfig
@@ -146,6 +147,10 @@ class Health:
         what = f"loss {loss:.4g}, gradient norm {norm:.4g}"
         details: dict[str, Any] = {"position": step - 1, "digest": data.doc_digest, "streak": self._bad_streak}
         if acts:  # the gradients are not needed any more, so the step can be repeated to see who it was
+            try:
+                check_routers(self.engine, norm)
+            except RouterError as error:
+                what += f"; {error}"
             findings = nonfinite.blame(self.engine, data.micro_batches, data.total_weight, own_sums)
             what += f"; {nonfinite.explain(findings)}"
             details["ranks"] = [vars(finding) for finding in findings if finding.origin or finding.n_parameters]

@@ -52,7 +52,8 @@ class SpikeDetector:
         for name in self.QUANTITIES:
             history = self._recent[name]
             if step > self.warmup and len(history) >= self.config.spike_history:
-                distance = deviations(values[name], history, self.config.spike_floor)
+                floor = self.config.spike_floor if name == "loss" else self.config.spike_norm_floor
+                distance = deviations(values[name], history, floor)
                 if distance > self.config.spike_deviations:
                     found[name] = distance
         return found

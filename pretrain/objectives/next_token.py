@@ -74,7 +74,7 @@ class NextToken:
         self, batch: Mapping[str, Tensor], mesh: Mesh, n_modalities: int, total_weight: float
     ) -> PreparedTokens:
         """Move one micro-batch (the batch contract, CPU tensors [mbs, S]) to this rank's device, flat."""
-        layout = Layout.from_batch(batch, n_modalities, mesh)
+        layout = Layout.from_batch(batch, n_modalities, mesh, total_weight)
         fields = (batch["tokens"], batch["labels"], batch["loss_weight"], label_modalities(batch), has_label(batch))
         tokens, labels, weights, modality, labelled = (
             layout.mine(field.reshape(-1)).to(mesh.device, non_blocking=True) for field in fields

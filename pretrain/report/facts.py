@@ -121,7 +121,7 @@ def waterfall(facts: Facts) -> list[Lost]:
     found.append(Lost("checkpoints", facts.total("seconds/checkpoint"), MEASURED))
     found.append(Lost("snapshots for rollback", facts.total("seconds/snapshot"), MEASURED))
     found.append(Lost("steps undone by rollbacks", _undone(facts), "steps × median step time"))
-    found.append(Lost("between starts", _between(facts), "wall clock between the last step and the next first one"))
+    found.append(Lost("between starts", _between(facts), "wall clock, work done again included"))
     found.append(Lost("metrics and guards", facts.total("seconds/between"), MEASURED))
     main = sorted((lost for lost in found if not lost.within), key=lambda lost: -lost.seconds)
     return [item for lost in main for item in (lost, *(part for part in found if part.within == lost.name))]

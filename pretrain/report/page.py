@@ -29,7 +29,8 @@ section { margin-top: 14px; }
 img { width: 100%; height: auto; display: block; }
 table { border-collapse: collapse; width: 100%; font-size: 13.5px; }
 th, td { text-align: left; padding: 4px 14px 4px 0; border-bottom: 1px solid #eceef1; vertical-align: top; }
-td.n { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
+td.n, th.n { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
+.drawing { max-width: 760px; }
 .none { color: #5c6672; } pre { font-size: 12.5px; overflow-x: auto; } summary { cursor: pointer; font-weight: 600; }
 .part td:first-child { padding-left: 18px; color: #5c6672; }
 """
@@ -132,7 +133,7 @@ def _none(text: str) -> str:
 
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[Any]], numbers: Sequence[int] = ()) -> str:
-    top = "".join(f"<th>{escape(name)}</th>" for name in head)
+    top = "".join(f"<th{' class=n' if i in numbers else ''}>{escape(name)}</th>" for i, name in enumerate(head))
     body = []
     for row in rows:
         cells = (
@@ -154,7 +155,7 @@ def _waterfall(found: Sequence[Any]) -> str:
         )
         for lost in found
     ]
-    return drawing + _table(("", "seconds", "share", "how it is known"), rows, (1, 2))
+    return f'<div class="drawing">{drawing}</div>' + _table(("", "seconds", "share", "how it is known"), rows, (1, 2))
 
 
 def _plan(facts: Facts) -> str:

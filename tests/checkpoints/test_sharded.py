@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch.distributed.tensor import DTensor
 
+from keeping import model_and_optimizer, step
 from polylepis.checkpoints.errors import CheckpointError
 from polylepis.checkpoints.manifest import complete_checkpoints, damages, newest_checkpoint, read_manifest, superfluous
 from polylepis.checkpoints.sharded import (
@@ -19,28 +20,10 @@ from polylepis.checkpoints.sharded import (
 )
 from polylepis.launch.cli import main
 from polylepis.parallel.engines.fsdp import build_model
-from polylepis.parallel.layout import Layout
 from polylepis.parallel.mesh import MeshConfig, build_mesh
 from polylepis.parallel.model import HybridModel
-from polylepis.pretrain.optim import OptimConfig, build_optimizer
 from ranks import run_ranks
-from toys import ALL_ROUTED, toy, toy_batch
-
-CONFIG = toy("M*-E", ALL_ROUTED)
-
-
-def model_and_optimizer(mesh_config: MeshConfig, seed: int) -> tuple[HybridModel, torch.optim.Optimizer]:
-    mesh = build_mesh(mesh_config, "cpu")
-    model = build_model(CONFIG, mesh, seed=seed)
-    return model, build_optimizer(OptimConfig(), model)
-
-
-def step(model: HybridModel, optimizer: torch.optim.Optimizer) -> None:
-    batch = toy_batch([[13, 1, 9], [20]], 24)
-    layout = Layout.from_batch(batch, 3, model.mesh.device)
-    model(batch["tokens"].reshape(-1), layout, batch["labels"].reshape(-1)).sum().backward()
-    optimizer.step()
-    optimizer.zero_grad()
+from toys import toy
 
 
 def whole(model: HybridModel, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
@@ -75,8 +58,8 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, tor
     return folder, run_ranks(4, train_and_save, MESHES[3], folder, (1, 2), 0)[0]
 
 
-@pytest.mark.parametrize("mesh", MESHES, ids=str)
-def test_opens_on_any_mesh_bit_for_bit(mesh: MeshConfig, saved: tuple[Path, dict[str, torch.Tensor]]) -> None:
+@pytest.mark.parametrize("mesh", MESHES[1:2], ids=str)
+def test_opens_on_another_mesh_bit_for_bit(mesh: MeshConfig, saved: tuple[Path, dict[str, torch.Tensor]]) -> None:
     folder, expected = saved
     for actual in run_ranks(mesh.dp_shard * mesh.tp, load_on, mesh, folder):
         assert actual.keys() == expected.keys()
@@ -164,9 +147,9 @@ def test_a_flipped_bit_is_found(
 
 
 def test_what_is_superfluous(tmp_path: Path) -> None:
-    for step in (10, 15, 20, 25, 30):
-        (tmp_path / f"step-{step:08d}").mkdir()
-        (tmp_path / f"step-{step:08d}" / "manifest.json").touch()
+    for number in (10, 15, 20, 25, 30):
+        (tmp_path / f"step-{number:08d}").mkdir()
+        (tmp_path / f"step-{number:08d}" / "manifest.json").touch()
     assert [int(p.name[5:]) for p in superfluous(tmp_path, keep=2, keep_every=0)] == [10, 15, 20]
     assert [int(p.name[5:]) for p in superfluous(tmp_path, keep=2, keep_every=10)] == [15]
     assert superfluous(tmp_path, keep=0, keep_every=0) == []
@@ -189,24 +172,3 @@ def test_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["checkpoint", "prune", str(tmp_path), "--keep", "0"]) == 2
     assert main(["checkpoint", "inspect", str(tmp_path / "nothing")]) == 2
     assert "neither a finished checkpoint nor a run folder" in capsys.readouterr().err
-
-
-def save_slowly(folder: Path) -> None:
-    """Save, but never come to the manifest: the process dies in the middle, as a killed job does."""
-    import os
-
-    from polylepis.checkpoints import sharded
-
-    model, optimizer = model_and_optimizer(MESHES[0], seed=1)
-    save_checkpoint(folder, model, optimizer, {"step": 1, "data": {"n": 1}})
-    sharded.write_manifest = lambda *args: os._exit(9)  # type: ignore[assignment]
-    step(model, optimizer)
-    save_checkpoint(folder, model, optimizer, {"step": 2, "data": {"n": 2}})
-
-
-def test_killed_while_saving_leaves_the_last_one_whole(tmp_path: Path) -> None:
-    with pytest.raises(AssertionError, match="rank 0 died without an answer"):
-        run_ranks(1, save_slowly, tmp_path)
-    newest = newest_checkpoint(tmp_path)
-    assert newest == tmp_path / "step-00000001"
-    assert list(damages(newest)) == []

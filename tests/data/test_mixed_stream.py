@@ -167,7 +167,12 @@ def corrupt(folder: Path, samples: list[int]) -> None:
 @pytest.fixture
 def config(small: Path) -> StreamConfig:
     return StreamConfig(
-        str(small), split="heldout", global_batch=4, micro_batch=1, window=64, quarantine=QuarantineConfig(5, 0.5, 5)
+        str(small),
+        split="heldout",
+        global_batch=4,
+        micro_batch=1,
+        window=64,
+        quarantine=QuarantineConfig(5, 0.5, 5, max_window_share=1.0),
     )
 
 
@@ -221,6 +226,51 @@ def test_thresholds() -> None:
         one.check_share(3, 11, 100)
     with pytest.raises(DataError, match="max_per_source >= 0"):
         QuarantineConfig(-1)
+    with pytest.raises(DataError, match=r"window >= 1, .* got 0, None and 0\.02"):
+        QuarantineConfig(window=0)
+
+
+def test_thresholds_over_a_window_of_steps() -> None:
+    """Energon's rule of N consecutive failures misses a source that is half broken: a window sees it."""
+    config = QuarantineConfig(99, 1.0, 99, window=4, max_per_window=2, max_window_share=0.1)
+    ledger = Ledger(config, ["wiki", "books"])
+    for step in (0, 3, 6, 9):  # never more than two within four steps
+        ledger = ledger.with_new([Entry(0, step, step, 2), Entry(1, step, step, 1)]).with_new([])
+    with pytest.raises(
+        DataError, match=r"step 10: 3 new bad samples in source wiki within 4 steps, .*max_per_window is 2 \(the newest"
+    ):
+        ledger.with_new([Entry(0, 50, 10, 2), Entry(0, 51, 10, 2)])
+    # 100 positions a step, 400 a window, of which 40 may be masked.
+    for step, masked in ((10, 20), (11, 0), (12, 20), (14, 20), (16, 20)):
+        ledger = ledger.with_masked(step, masked, 100)
+    assert ledger.masked == [(14, 20), (16, 20)], "what lies behind the window is forgotten"
+    with pytest.raises(DataError, match=r"step 17: 41 of 400 positions of 4 steps .*max_window_share 0\.1"):
+        ledger.with_masked(17, 1, 100)
+    again = Ledger(config, ["wiki", "books"], masked=json.loads(json.dumps(ledger.masked)))
+    assert again.masked == ledger.masked
+
+
+@pytest.mark.parametrize("limits", [{"max_per_window": 2}, {"max_window_share": 0.01}])
+def test_windows_end_every_rank_at_the_same_step(
+    damaged: Callable[..., Path], config: StreamConfig, limits: dict[str, Any]
+) -> None:
+    copy = damaged("heldout-00000.tar")
+    corrupt(copy, list(range(0, 40, 7)))
+    config = replace(config, quarantine=replace(QuarantineConfig(40, 1.0, 40, window=30), **limits))
+    told = run_ranks(4, _rank, str(copy), config)
+    assert len({json.dumps([lines[-1], state]) for lines, state in told}) == 1, "one message, one state"
+    assert next(iter(limits)) in told[0][0][-1] and 1 < len(told[0][0]) < 30
+    # A run that was interrupted just before stops where the other did.
+    before = len(told[0][0]) - 2
+    stream = Stream(Dataset.open(copy), config, dp_rank=0, dp_size=1)
+    for _ in range(before):
+        stream.next()
+    state = json.loads(json.dumps(stream.state_dict()))
+    resumed = Stream(Dataset.open(copy), config, dp_rank=0, dp_size=1, state=state)
+    resumed.next()
+    with pytest.raises(DataError) as refusal:
+        resumed.next()
+    assert str(refusal.value) == told[0][0][-1]
 
 
 def _rank(folder: str, config: StreamConfig) -> Any:
@@ -239,9 +289,12 @@ def _rank(folder: str, config: StreamConfig) -> Any:
 
 @pytest.mark.parametrize("limit", [40, 3])
 def test_four_processes_agree_about_bad_samples(damaged: Callable[..., Path], config: StreamConfig, limit: int) -> None:
+    """webdataset #188, #225, #250 and lhotse #1098: ranks whose shards run out hang the others.
+
+    Here four ranks take 30 steps, many epochs, over an uneven number of samples, and also agree on the bad ones."""
     copy = damaged("heldout-00000.tar")
     corrupt(copy, list(range(0, 40, 7)))
-    config = replace(config, quarantine=QuarantineConfig(limit, 1.0, 40))
+    config = replace(config, quarantine=QuarantineConfig(limit, 1.0, 40, max_window_share=1.0))
     told = run_ranks(4, _rank, str(copy), config)
     lines = [rank[0] for rank in told]
     assert len({len(rank) for rank in lines}) == 1, "every rank stops at the same step"
@@ -287,7 +340,7 @@ def _pair(folder: str, config: StreamConfig) -> Any:
 def test_one_rank_of_a_model_parallel_group_reads_for_all(damaged: Callable[..., Path], config: StreamConfig) -> None:
     copy = damaged("heldout-00000.tar")
     corrupt(copy, list(range(0, 60, 9)))
-    config = replace(config, quarantine=QuarantineConfig(40, 1.0, 40))
+    config = replace(config, quarantine=QuarantineConfig(40, 1.0, 40, max_window_share=1.0))
     told = run_ranks(4, _pair, str(copy), config)
     assert all(rank[0] for rank in told)
     assert told[0][1] > 0 and told[2][1] > 0 and told[1][1] == told[3][1] == 0, "only the first of each pair reads"

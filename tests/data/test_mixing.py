@@ -19,6 +19,7 @@ WEIGHTS = st.lists(st.one_of(st.just(0.0), st.floats(1e-6, 1e6), st.integers(1, 
 @settings(max_examples=150, deadline=None)
 @given(WEIGHTS.filter(any), st.integers(0, 10**12))
 def test_counts_are_never_two_packs_from_their_shares(weights: list[float], n: int) -> None:
+    """Megatron-LM #705 fails for extreme weights; Energon draws at random per worker, and strays."""
     schedule = Schedule(weights)
     total = sum(map(Fraction, weights))
     for draws in (0, 1, 2, 7, 100, n):

@@ -34,6 +34,7 @@ class Store:
         self.port = self.moto.get_host_and_port()[1]
         self.faults: list[str] = []
         self.gets: list[str] = []
+        self.sent = 0  # bytes of shards
         store = self
 
         class Proxy(BaseHTTPRequestHandler):
@@ -54,10 +55,13 @@ class Store:
                     self.send_header("Content-Length", "0")
                     self.end_headers()
                     return
+                if fault == "empty":  # says so, and is short all the same
+                    payload = b""
                 self.send_response(answer.status)
                 for name, value in answer.getheaders():
                     # Without the store's own checksums only ours can find a lie.
                     skipped = ("transfer-encoding", "connection", "server", "date")
+                    value = "0" if fault == "empty" and name.lower() == "content-length" else value
                     if name.lower() not in skipped and not name.lower().startswith("x-amz-checksum"):
                         self.send_header(name, value)
                 self.end_headers()
@@ -65,6 +69,8 @@ class Store:
                     self.wfile.write(payload[: len(payload) // 2])
                     self.close_connection = True
                     return
+                if is_shard:
+                    store.sent += len(payload)
                 if fault == "corrupt" and payload:
                     middle = len(payload) // 2
                     payload = payload[:middle] + bytes([payload[middle] ^ 1]) + payload[middle + 1 :]
@@ -140,6 +146,51 @@ def test_faults_of_the_store_are_survived(store: Store, small: Path, cache: Path
     assert not store.faults
     (copy,) = cache.rglob("*.tar")
     assert copy.read_bytes() == (small / SHARD).read_bytes()
+
+
+@pytest.mark.parametrize("how", ["no cache", "large shards"])
+def test_without_room_for_a_shard_samples_are_read_by_range(
+    store: Store, small: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    """mosaicml-streaming #713 and webdataset #432: early ends of range reads must not become samples."""
+    monkeypatch.setenv("POLYLEPIS_CACHE_GB" if how == "no cache" else "POLYLEPIS_RANGE_GB", "0")
+    config = StreamConfig("s3://bucket/data", split="heldout", global_batch=2, micro_batch=1)
+    a, b = (Stream(Dataset.open(p), config, dp_rank=0, dp_size=1) for p in ("s3://bucket/data", small))
+    store.gets.clear()
+    store.sent = 0
+    x, y = a.next(), b.next()
+    assert all(torch.equal(p[k], q[k]) for p, q in zip(x.micro_batches, y.micro_batches, strict=True) for k in p)
+    documents = sum(int(batch["doc_ids"].max()) + 1 for batch in x.micro_batches)
+    width = int(Dataset.open(small).split("heldout").token_bytes[0] // Dataset.open(small).split("heldout").lengths[0])
+    assert len(store.gets) == documents, "one request per sample"
+    assert store.sent == width * sum(x.tokens.values()), "and not a byte beside its tokens"
+    assert not list(cache.rglob("*.tar"))
+    # Faults of every kind are survived, whichever request they hit.
+    split, local = Dataset.open("s3://bucket/data").split("heldout"), Dataset.open(small).split("heldout")
+    for sample, fault in enumerate(["503", "short", "corrupt", "empty"]):
+        store.faults[:] = [fault] * 2
+        assert np.array_equal(split.tokens(sample), local.tokens(sample)) and not store.faults
+    assert split.members(2) == local.members(2), "whole samples are read by range too"
+    store.faults[:] = ["corrupt"] * 99
+    with pytest.raises(
+        BadSampleError,
+        match=rf"{SHARD}: 6 tries failed, .* crc32 \w{{8}} at offset \d+, the index says \w{{8}} \('.*' at offset",
+    ):
+        split.tokens(5)
+    store.faults.clear()
+    if how == "no cache":
+        return
+    # A copy that somebody has brought is used.
+    RemoteFolder("s3://bucket/data").fetch(SHARD)
+    store.gets.clear()
+    assert np.array_equal(Dataset.open("s3://bucket/data").split("heldout").tokens(7), local.tokens(7))
+    assert not store.gets
+
+
+def test_sizes_of_the_cache_are_numbers(store: Store, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("POLYLEPIS_CACHE_GB", "much")
+    with pytest.raises(DataError, match="POLYLEPIS_CACHE_GB is 'much'; a number of gigabytes >= 0 is needed"):
+        RemoteFolder("s3://bucket/data")
 
 
 def test_a_store_that_always_lies_makes_bad_samples(store: Store, cache: Path) -> None:

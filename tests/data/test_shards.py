@@ -37,6 +37,7 @@ def make_tar(path: Path, names: list[str], *, format: int = tarfile.USTAR_FORMAT
 
 
 def test_webdataset_reads_our_shards(dataset: Dataset) -> None:
+    """Interoperability, with the next tests and Energon's index in test_adopt.py."""
     import webdataset
 
     split = dataset.split("heldout")
@@ -94,6 +95,7 @@ def test_the_index_is_rebuilt_from_the_tar_alone(write_shard: Callable[..., Path
     ],
 )
 def test_keys_that_a_streaming_reader_would_mix_up(tmp_path: Path, names: list[str], message: str) -> None:
+    """Ray #63374: a tar that is not ordered by key silently yields half samples."""
     with pytest.raises(DataError, match=message):
         scan_shard(make_tar(tmp_path / "x.tar", names))
 
@@ -107,6 +109,7 @@ def test_pax_and_gnu_extensions_are_refused(tmp_path: Path) -> None:
 
 
 def test_truncation_anywhere_is_refused_with_shard_and_offset(write_shard: Callable[..., Path]) -> None:
+    """webdataset #142 and #432: a tar that ends early silently ends the shard."""
     tar = write_shard()
     whole = tar.read_bytes()
     end = int((scan_shard(tar).span_offset + scan_shard(tar).span_bytes)[-1])
@@ -193,6 +196,7 @@ with ShardWriter(Path(sys.argv[1]), "a", Vocabulary(("text",), (300,)), {}, samp
 
 
 def test_a_killed_writer_leaves_only_whole_shards(tmp_path: Path) -> None:
+    """webdataset's ShardWriter leaves a truncated tar under its final name."""
     process = subprocess.Popen(
         [sys.executable, "-c", KILLED, str(tmp_path)], stdout=subprocess.PIPE, env=_environment()
     )

@@ -115,6 +115,8 @@ def test_global_batches_are_the_same_on_any_number_of_ranks(
 
 
 def test_resume_at_every_step_is_exact_also_twice_and_across_the_epoch(dataset: Dataset, config: StreamConfig) -> None:
+    """HF datasets #8308: the second resume began at zero; #8408: a shuffle buffer loses samples;
+    webdataset #177, #234 and #271: no exact resume at all."""
     stream = make(dataset, config)
     states, steps = [stream.state_dict()], []
     for _ in range(20):
@@ -135,6 +137,7 @@ def test_resume_at_every_step_is_exact_also_twice_and_across_the_epoch(dataset: 
 
 
 def test_resume_exactly_at_the_end_of_an_epoch(dataset: Dataset, config: StreamConfig) -> None:
+    """torchdata #1437: a resume at the end drops an epoch; verl #7401: the job ends at once."""
     packs = make(dataset, config).packs_per_epoch()
     whole = replace(config, global_batch=packs, micro_batch=1)
     stream = make(dataset, whole)
@@ -151,6 +154,7 @@ def test_resume_exactly_at_the_end_of_an_epoch(dataset: Dataset, config: StreamC
 
 
 def test_every_document_once_per_epoch_over_three_epochs(dataset: Dataset, config: StreamConfig) -> None:
+    """mosaicml-streaming repeats samples to even out ranks; webdataset's `resampled` draws with replacement."""
     stream = make(dataset, replace(config, global_batch=1, micro_batch=1))
     split = dataset.split("heldout")
     seen: dict[int, list[int]] = {0: [], 1: [], 2: []}
@@ -178,6 +182,7 @@ def test_seed_names_the_order(dataset: Dataset, config: StreamConfig) -> None:
 
 
 def test_a_state_of_another_plan_is_refused_field_by_field(dataset: Dataset, config: StreamConfig) -> None:
+    """Megatron-Bridge #5637: another layout was accepted, and samples were skipped in silence."""
     state = make(dataset, config).state_dict()
     other = replace(config, seq_len=512, seed=3)
     with pytest.raises(DataError, match=r"seed: 0 then, 3 now; seq_len: 256 then, 512 now\)"):
@@ -234,3 +239,44 @@ def test_collate_serves_prompts_too(dataset: Dataset) -> None:
     assert batch["cu_seqlens"].tolist() == [[0, len(document), len(document)], [0, len(document), 2 * len(document)]]
     with pytest.raises(DataError, match=r"row 0: \d+ tokens in 1 documents do not fit 4"):
         collate([[document]], 4, table, weights)
+
+
+def test_resume_at_every_pack_also_at_the_ends_of_windows_and_epochs(dataset: Dataset, config: StreamConfig) -> None:
+    """accelerate #4233, litdata #316 and mosaicml-streaming #869 fail at or beyond an epoch's end."""
+    config = replace(config, seq_len=512, global_batch=1, micro_batch=1, window=150)
+    stream = make(dataset, config)
+    packs = stream.packs_per_epoch()
+    states, digests = [stream.state_dict()], []
+    for _ in range(packs + 12):
+        digests.append(stream.next().doc_digest)
+        states.append(stream.state_dict())
+    places = [state["places"][0] for state in states]
+    assert sum(pack == 0 for _, _, pack, _ in places) == 8, "starts of 6 windows of epoch 0 and 2 of epoch 1"
+    resumed = make(dataset, config)
+    for k in range(len(digests)):
+        resumed.load_state_dict(states[k])
+        resumed.load_state_dict(json.loads(json.dumps(resumed.state_dict())))  # twice, at once
+        assert resumed.next().doc_digest == digests[k] and resumed.state_dict() == states[k + 1]
+
+
+@pytest.mark.parametrize(
+    ("size", "micro", "accepted"),
+    [
+        (5, 4, "global_batch 20, 1 or 3 ranks"),
+        (5, 1, "global_batch 10 or 15, 4 or 6 ranks"),
+        (6, 4, "global_batch 24, micro_batch 2, 1 or 3 ranks"),
+        (4, 7, "global_batch 28, micro_batch 3"),
+        (24, 1, "global_batch 24, 6 or 12 ranks"),
+    ],
+)
+def test_sizes_that_do_not_divide_are_refused_with_the_nearest_that_do(
+    dataset: Dataset, config: StreamConfig, size: int, micro: int, accepted: str
+) -> None:
+    """webdataset #225 and torchtitan (finite data over several ranks): what does not divide must not hang later."""
+    with pytest.raises(
+        DataError, match=rf"x micro_batch {micro} = {size * micro}; accepted nearest to it: {accepted}$"
+    ):
+        make(dataset, replace(config, micro_batch=micro), 0, size)
+    for ranks in (1, 2, 3, 4, 6, 8):
+        batch = 24 * micro
+        make(dataset, replace(config, global_batch=batch, micro_batch=micro), ranks - 1, ranks)

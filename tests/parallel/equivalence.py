@@ -13,10 +13,11 @@ from torch.distributed.tensor import DTensor
 
 from polylepis.checkpoints.sharded import model_tensors
 from polylepis.parallel.engines.fsdp import build_model, gradient_norm
+from polylepis.parallel.kinds.moe import MoE
 from polylepis.parallel.layout import Layout
 from polylepis.parallel.mesh import ContextConfig, MeshConfig, build_mesh, init_process_group
 from polylepis.parallel.model import HybridModel, ModelConfig
-from polylepis.parallel.parts import named_parts, split_bank
+from polylepis.parallel.parts import named_parts, whole_entries
 from reference import reference_loss
 from toys import toy_batch
 
@@ -37,15 +38,20 @@ def gradients(
     absent: tuple[int, ...],
     context: ContextConfig | None = None,
     count: int = len(DOCUMENTS),
+    bias: tuple[float, ...] = (),
 ) -> tuple[float, float, dict[str, Tensor]]:
-    """Loss, gradient norm and whole gradients of one step over all micro-batches, split over data-parallel ranks."""
+    """Loss, gradient norm and whole gradients of one step over all micro-batches, split over data-parallel ranks.
+
+    Expert layers start as if a step with uneven loads had gone before, with the selection `bias` where one is given.
+    """
     mesh = build_mesh(mesh_config, "cpu", context)
     model = build_model(config, mesh, seed=3, dtype=dtype)
+    start_experts(model, bias)
     mine = batches(absent, count)[mesh.dp_rank :: mesh.dp_size]
     total = sum(float(b["loss_weight"].double().sum()) for b in batches(absent, count))
     loss = torch.zeros((), dtype=torch.float64)
     for batch in mine:
-        layout = Layout.from_batch(batch, 3, mesh)
+        layout = Layout.from_batch(batch, 3, mesh, total)
         tokens, labels, weights = (layout.mine(batch[n].reshape(-1)) for n in ("tokens", "labels", "loss_weight"))
         part = (model(tokens, layout, labels) * weights.to(dtype)).sum() / total
         part.backward()
@@ -59,10 +65,16 @@ def whole_gradients(models: Iterable[HybridModel]) -> dict[str, Tensor]:
     grads: dict[str, Tensor] = {}
     for name, parameter, spec in (part for model in models for part in named_parts(model)):
         assert isinstance(parameter.grad, DTensor), name
-        for key, entry in split_bank(parameter.grad, spec, name).items():
-            assert isinstance(entry, DTensor)
-            grads[key] = entry.full_tensor()
+        grads.update(whole_entries(parameter.grad, spec, name))
     return grads
+
+
+def start_experts(model: HybridModel, bias: tuple[float, ...] = ()) -> None:
+    """As if a step with uneven loads had gone before; with this selection bias where one is given."""
+    for layer in (module for module in model.modules() if isinstance(module, MoE)):
+        layer.expert_load.copy_(torch.arange(1.0, 1 + layer.expert_load.numel()).view_as(layer.expert_load))
+        if bias:
+            layer.selection_bias.copy_(torch.tensor(bias))
 
 
 def oracle(config: ModelConfig, absent: tuple[int, ...]) -> tuple[float, float, dict[str, Tensor]]:
@@ -96,7 +108,11 @@ def assert_equal_gradients(actual: Any, expected: Any, tolerance: float) -> None
 
 
 def gradients_alone(
-    config: ModelConfig, dtype: torch.dtype, absent: tuple[int, ...] = (), count: int = len(DOCUMENTS)
+    config: ModelConfig,
+    dtype: torch.dtype,
+    absent: tuple[int, ...] = (),
+    count: int = len(DOCUMENTS),
+    bias: tuple[float, ...] = (),
 ) -> Any:
     init_process_group("cpu")
-    return gradients(config, MeshConfig(), dtype, absent, None, count)
+    return gradients(config, MeshConfig(), dtype, absent, None, count, bias)

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from equivalence import batches, whole_gradients
+from equivalence import batches, start_experts, whole_gradients
 from polylepis.parallel.engines.pipeline import PipelineEngine, build_stages
 from polylepis.parallel.mesh import ContextConfig, MeshConfig, build_mesh
 from polylepis.parallel.model import ModelConfig
@@ -58,6 +58,8 @@ def build(config: ModelConfig, case: Case) -> tuple[PipelineEngine, Witness]:
     stages = cut_stages(config, case.pipeline, mesh.pp_size, layer_costs(config, 8.0))
     options: dict[str, Any] = {"dtype": case.dtype, "compute_dtype": case.compute_dtype, "recompute": case.recompute}
     models = build_stages(config, mesh, case.pipeline, stages, seed=3, **options)
+    for model in models:
+        start_experts(model)
     optimizer = torch.optim.AdamW([p for model in models for p in model.parameters()], lr=1e-3)
     engine = PipelineEngine(models, optimizer, witness, case.pipeline, case.compute_dtype, case.recompute)
     return engine, witness

@@ -192,9 +192,9 @@ def test_balancing_moves_the_bias_towards_idle_experts() -> None:
     layer = model.layers["0"].mixer
     assert isinstance(layer, MoE)
     batch = toy_batch([[9, 3]], 16)
-    model(batch["tokens"][0], Layout.from_batch(batch, 3, torch.device("cpu")), batch["labels"][0])
+    model(batch["tokens"][0], Layout.from_batch(batch, 3, torch.device("cpu")), batch["labels"][0]).sum().backward()
     assert float(layer.load.sum()) == 12 * 2  # padding is nobody's load
-    layer.balance(torch.tensor([10.0, 2.0, 12.0]))
+    layer.finish_step(torch.tensor([[6.0, 0.0, 6.0], [4.0, 2.0, 0.0], [0.0, 0.0, 6.0]]))
     expected = torch.tensor([-1.0, 1.0, -1.0]) * layer.config.bias_update_rate
     torch.testing.assert_close(layer.selection_bias, expected)
     assert not bool(layer.load.any())
@@ -252,8 +252,9 @@ def test_context_refusals(context: ContextConfig, message: str) -> None:
 def test_mesh_refusals() -> None:
     with pytest.raises(PlanError, match=r"× tp 3 = 3 processes, but the world size is 4; the nearest that fits is 3"):
         MeshConfig(tp=3).resolve(4)
-    with pytest.raises(PlanError, match="pp 2: this version has no pipeline stages"):
-        MeshConfig(pp=2).resolve(2)
+    with pytest.raises(PlanError, match="pp 2 × dp_replicate 1 × dp_shard 2 × cp 1 × tp 1 = 4 processes"):
+        MeshConfig(pp=2, dp_shard=2).resolve(8)
+    assert MeshConfig(pp=2).resolve(8) == MeshConfig(pp=2, dp_shard=4)
     with pytest.raises(PlanError, match="every axis is ≥ 1"):
         MeshConfig(tp=0).resolve(1)
     assert MeshConfig(tp=2, cp=2).resolve(8) == MeshConfig(dp_replicate=1, dp_shard=2, cp=2, tp=2)

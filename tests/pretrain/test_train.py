@@ -100,7 +100,7 @@ QUICK = ("quickstart", "mixture-of-mamba-37m", "mamba2-hybrid-800m")
 )
 def test_every_recipe_runs_shrunk(name: str, tmp_path: Path) -> None:
     config = replace(shrink(load_config(name)), folder=str(tmp_path))
-    run_ranks(config.mesh.tp, train, config)
+    run_ranks(config.mesh.n_processes, train, config)
     losses = [line["loss"] for line in read_metrics(tmp_path)]
     assert len(losses) == 2 and all(0 < loss < 20 for loss in losses)
     assert newest_checkpoint(tmp_path / "checkpoints") == tmp_path / "checkpoints" / "step-00000002"
@@ -168,7 +168,7 @@ def test_tracker_drops_what_a_resumed_run_writes_again(tmp_path: Path) -> None:
 
 def train_with_a_fault(config: RunConfig, fault: str) -> str:
     """Train; on rank 1, break something at step 2. What this rank said when it stopped."""
-    from polylepis.pretrain import train as module
+    from polylepis.pretrain import prepare as module
 
     class Faulty(module.Stream):
         def next(self) -> Any:

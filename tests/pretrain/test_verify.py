@@ -14,9 +14,11 @@ from torch.distributed.fsdp import FSDPModule
 from polylepis.launch.cli import main
 from polylepis.parallel import context as context_module
 from polylepis.parallel import model as model_module
+from polylepis.parallel.engines import pipeline as pipeline_module
 from polylepis.parallel.kinds import mamba_context
 from polylepis.parallel.layout import Layout
 from polylepis.parallel.mesh import ContextConfig, MeshConfig, build_mesh
+from polylepis.pretrain import train as train_module
 from polylepis.pretrain import verify as verify_module
 from polylepis.pretrain.config import RunConfig, load_config
 from polylepis.pretrain.errors import ConfigError
@@ -27,7 +29,7 @@ from ranks import run_ranks
 def plan(**axes: int) -> RunConfig:
     mesh = MeshConfig(**{"dp_shard": 1, **axes})
     context = ContextConfig(mamba="state", attention="gather")
-    world = mesh.dp_replicate * mesh.dp_shard * mesh.cp * mesh.tp
+    world = mesh.n_processes
     return verification(replace(load_config("quickstart"), mesh=mesh, context=context), world)
 
 
@@ -43,7 +45,7 @@ def inject(fault: str) -> None:
         original = model_module.local
         model_module.local = lambda parameter, partial=False: original(parameter)  # type: ignore[assignment]
     elif fault in ("wrong divide factor", "averaged reduction"):
-        build = verify_module.build_model
+        build = train_module.build_model
 
         def build_faulty(*args: object, **kwargs: object) -> torch.nn.Module:
             model = build(*args, **kwargs)  # type: ignore[arg-type]
@@ -52,7 +54,8 @@ def inject(fault: str) -> None:
                 module.set_gradient_divide_factor(2.0)
             return model
 
-        verify_module.build_model = build_faulty  # type: ignore[assignment]
+        pipeline_module.build_model = build_faulty  # type: ignore[assignment]
+        train_module.build_model = build_faulty  # type: ignore[assignment]
     elif fault == "halo off by one":
         exchange = mamba_context.exchange_halo
 
@@ -95,6 +98,8 @@ FAULTS = [
     ("", {"tp": 2}),
     ("", {"cp": 2}),
     ("", {"dp_shard": 2}),
+    ("", {"pp": 2}),
+    ("averaged reduction", {"pp": 2, "dp_shard": 2}),
     ("missing Partial", {"tp": 2}),
     ("wrong divide factor", {"dp_shard": 2}),
     ("averaged reduction", {"dp_shard": 2}),
@@ -109,7 +114,7 @@ def test_faults_lose_the_certificate(
     fault: str, axes: dict[str, int], expected: Callable[[RunConfig], Measurement]
 ) -> None:
     config = plan(**axes)
-    for result in run_ranks(2, measured, config, fault):
+    for result in run_ranks(config.mesh.n_processes, measured, config, fault):
         lines = compare(result, expected(config), torch.float64)
         text = certificate(config, lines)
         if fault:
@@ -151,7 +156,17 @@ def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["verify", "quickstart", "mesh={tp: 1, cp: 2, dp_shard: 1}"]) == 0
     output = capsys.readouterr().out
     assert "cp 2 × tp 1" in output and output.strip().endswith("verdict: equal")
-    assert output.count(" ok") == 7
+    assert output.count(" ok") == 9
+
+
+def test_the_command_with_stages_and_recompute(capsys: pytest.CaptureFixture[str]) -> None:
+    """Experts are replayed though the forwards of stages interleave and layers are run again."""
+    options = ["mesh={pp: 2, dp_shard: 1}", "model.pattern=ME*E", "pipeline.schedule=interleaved"]
+    recompute = "recompute={mamba: full, attention: selective, moe: full}"
+    assert main(["verify", "quickstart", *options, recompute]) == 0
+    output = capsys.readouterr().out
+    assert "plan: pp 2 (interleaved) × " in output and output.strip().endswith("verdict: equal")
+    assert output.count(" ok") == 9
 
 
 @pytest.mark.full

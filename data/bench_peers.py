@@ -1,0 +1,149 @@
+"""Other projects' readers on the same samples: PYTHON -m polylepis.data.bench_peers NAME PATH SPLIT SAMPLES.
+
+They are no dependencies: a peer is measured, in a process of its own, where the given Python can import it. Conversion
+into its format is not timed; reading is, in CPU seconds, shuffled as the peer does it, without workers.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+PEERS = ("litdata", "mosaicml-streaming", "megatron-energon")
+Samples = Iterator[dict[str, Any]]
+
+
+def measure(name: str, python: str, path: Path, split: str, samples: int) -> dict[str, Any]:
+    """{version, raw, tokens, decoded (samples per CPU second)} of a peer, or {error: why not}."""
+    command = [python, "-m", "polylepis.data.bench_peers", name, str(path), split, str(samples)]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path[1:]))}
+    if python != sys.executable:  # its packages first; ours are found through the package's own root
+        environment["PYTHONPATH"] = str(Path(__file__).resolve().parents[2])
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    if done.returncode == 0:
+        return json.loads(done.stdout.splitlines()[-1])
+    lines = done.stderr.strip().splitlines()
+    return {"error": lines[-1] if lines else f"exit code {done.returncode}"}
+
+
+def _litdata(folder: Path, members: Callable[[], Samples], work: Path) -> Callable[[], Samples]:
+    from litdata import StreamingDataset
+    from litdata.streaming.cache import Cache
+
+    cache = Cache(str(work), chunk_bytes="64MB")
+    for i, sample in enumerate(members()):
+        cache[i] = sample
+    cache.done()
+    cache.merge()
+    return lambda: iter(StreamingDataset(str(work), shuffle=True))
+
+
+def _mosaic(folder: Path, members: Callable[[], Samples], work: Path) -> Callable[[], Samples]:
+    from streaming import MDSWriter, StreamingDataset
+
+    columns = dict.fromkeys(next(members()), "bytes")
+    with MDSWriter(out=str(work), columns=columns) as writer:
+        for sample in members():
+            writer.write(sample)
+    return lambda: iter(StreamingDataset(local=str(work), shuffle=True, batch_size=1))
+
+
+def _energon(folder: Path, members: Callable[[], Samples], work: Path) -> Callable[[], Samples]:
+    """Reads our tars themselves, linked into a folder of its own."""
+    from megatron.energon import WorkerConfig, get_train_dataset
+    from megatron.energon.flavors.webdataset import BaseWebdatasetFactory
+
+    tars = sorted(folder.glob("*.tar"))
+    for tar in tars:
+        os.symlink(tar.resolve(), work / tar.name)
+    ratio = [("train", 1.0), ("val", 0.0), ("test", 0.0)]
+    BaseWebdatasetFactory.prepare_dataset(work, [t.name for t in tars], split_parts_ratio=ratio, workers=1)
+    kind = {"__module__": "megatron.energon", "__class__": "CrudeWebdataset"}
+    (work / ".nv-meta" / "dataset.yaml").write_text(json.dumps(kind))  # JSON is YAML
+
+    def read() -> Samples:
+        from megatron.energon import Cooker, DefaultTaskEncoder
+
+        class Raw(DefaultTaskEncoder):
+            cookers = (Cooker(cook=dict),)
+            decoder = None
+
+        workers = WorkerConfig(rank=0, world_size=1, num_workers=0)
+        options = {"batch_size": None, "shuffle_buffer_size": 1000, "max_samples_per_sequence": 100}
+        return iter(get_train_dataset(str(work), worker_config=workers, task_encoder=Raw(), **options))
+
+    return read
+
+
+_OPEN = dict(zip(PEERS, (_litdata, _mosaic, _energon), strict=True))
+
+
+def main(name: str, path: str, split: str, samples: str) -> None:
+    """Converts, reads, and prints one line of JSON."""
+    from importlib.metadata import version
+
+    from .bench import _array, _decode
+    from .dataset import Dataset
+
+    chosen = Dataset.open(path).split(split)
+
+    def members() -> Samples:
+        for i in range(len(chosen)):
+            found = chosen.members(i)
+            yield {"json": found["json"], "tokens": found["tokens.npy"], "png": found.get("png", b"")}
+
+    count = int(samples)
+    with tempfile.TemporaryDirectory() as work:
+        source = Path(work) / "tars"
+        source.mkdir()
+        for tar in chosen.files.paths:  # this split's shards alone
+            os.symlink(tar.resolve(), source / tar.name)
+        target = Path(work) / "converted"
+        target.mkdir()
+        read = _OPEN[name](source, members, target)
+
+        def cycle() -> Samples:
+            while True:
+                yield from read()
+
+        def decode(sample: dict[str, Any]) -> Any:
+            members = {"json": _member(sample, "json"), "tokens.npy": _member(sample, "tokens")}
+            png = sample.get("png")
+            return _decode({**members, "png": png} if png else members)
+
+        kinds: dict[str, Callable[[dict[str, Any]], Any]] = {
+            "raw": lambda sample: sample,
+            "tokens": lambda sample: _array(_member(sample, "tokens")),
+            "decoded": decode,
+        }
+        rates = {}
+        for kind, work_on in kinds.items():
+            best = 0.0
+            for _ in range(2):
+                started = _cpu()
+                for sample in islice(cycle(), count):
+                    work_on(sample)
+                best = max(best, count / (_cpu() - started))
+            rates[kind] = best
+    print(json.dumps({"version": version(name), **rates}))
+
+
+def _member(sample: dict[str, Any], start: str) -> Any:
+    """A member by the beginning of its name, as bytes; Energon keeps the names of the tar."""
+    return next(bytes(value) for key, value in sample.items() if key.startswith(start))
+
+
+def _cpu() -> float:
+    found = os.times()
+    return found.user + found.system + found.children_user + found.children_system
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,118 @@
+"""Any mesh opens what any mesh saved, bit for bit: weights, both moments, step counts and buffers."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+from keeping import CONFIG
+from polylepis.checkpoints.manifest import read_manifest
+from polylepis.checkpoints.sharded import load_checkpoint, save_checkpoint
+from polylepis.checkpoints.tensors import state_tensors
+from polylepis.parallel.engines.fsdp import build_model
+from polylepis.parallel.engines.pipeline import build_stages
+from polylepis.parallel.mesh import MeshConfig, build_mesh
+from polylepis.parallel.model import HybridModel
+from polylepis.parallel.pipeline.config import PipelineConfig, cut_stages, layer_costs
+from polylepis.pretrain.optim import OptimConfig, build_optimizer
+from ranks import run_ranks
+
+MESHES = {
+    "one": MeshConfig(dp_shard=1),
+    "dp2-tp2": MeshConfig(dp_shard=2, tp=2),
+    "hsdp2": MeshConfig(dp_replicate=2, dp_shard=1),
+    "cp2-tp2": MeshConfig(dp_shard=1, cp=2, tp=2),
+    "tp2": MeshConfig(dp_shard=1, tp=2),
+    "dp2": MeshConfig(dp_shard=2),
+    "cp2": MeshConfig(dp_shard=1, cp=2),
+    "dp4": MeshConfig(dp_shard=4),
+    "hsdp2-dp2": MeshConfig(dp_replicate=2, dp_shard=2),
+    "pp2": MeshConfig(dp_shard=1, pp=2),
+    "pp2-hsdp2-tp2": MeshConfig(dp_replicate=2, dp_shard=1, tp=2, pp=2),
+    "dp2-cp2-tp2": MeshConfig(dp_shard=2, cp=2, tp=2),
+}
+SAMPLED = ("one", "dp2-tp2", "pp2", "cp2-tp2", "hsdp2")
+
+
+def world(mesh: MeshConfig) -> int:
+    return mesh.dp_replicate * mesh.dp_shard * mesh.cp * mesh.tp * mesh.pp
+
+
+def build(config: MeshConfig, seed: int) -> tuple[Sequence[HybridModel], torch.optim.Optimizer]:
+    mesh = build_mesh(config, "cpu")
+    if mesh.pp_size == 1:
+        models: Sequence[HybridModel] = (build_model(CONFIG, mesh, seed=seed),)
+    else:
+        pipeline = PipelineConfig()
+        stages = cut_stages(CONFIG, pipeline, mesh.pp_size, layer_costs(CONFIG, 8.0))
+        models = build_stages(CONFIG, mesh, pipeline, stages, seed=seed)
+    return models, build_optimizer(OptimConfig(), *models)
+
+
+def logical_value(name: str, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+    """Values that depend on the name alone."""
+    generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
+    return torch.randn(shape, generator=generator).to(dtype)
+
+
+def save_on(mesh: MeshConfig, folder: Path) -> None:
+    models, optimizer = build(mesh, seed=1)
+    for name, tensor in state_tensors(models, optimizer).items():
+        block = logical_value(name, tensor.shape, tensor.dtype)
+        if not isinstance(tensor, DTensor):
+            tensor.detach().copy_(block)
+            continue
+        shape, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
+        for dim, (length, start) in enumerate(zip(shape, offset, strict=True)):
+            block = block.narrow(dim, min(start, block.shape[dim]), length)
+        tensor.to_local().detach().copy_(block)
+    save_checkpoint(folder, models, optimizer, {"step": 1, "data": {}})
+
+
+def wrong_after_load(mesh: MeshConfig, folders: list[Path]) -> list[str]:
+    """Load each folder's checkpoint; names of tensors that, gathered from all ranks, are not what their name says."""
+    models, optimizer = build(mesh, seed=2)
+    wrong = []
+    for folder in folders:
+        for tensor in state_tensors(models, optimizer).values():
+            (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach().fill_(-1)
+        load_checkpoint(folder / "step-00000001", models, optimizer)
+        for name, tensor in state_tensors(models, optimizer).items():
+            value = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+            if not torch.equal(value, logical_value(name, tensor.shape, tensor.dtype)):
+                wrong.append(f"{folder.name}: {name}")
+    return wrong
+
+
+def check(names: tuple[str, ...], folder: Path, sources: dict[str, tuple[str, ...]]) -> None:
+    for name in names:
+        run_ranks(world(MESHES[name]), save_on, MESHES[name], folder / name)
+    manifests = {name: read_manifest(folder / name / "step-00000001")["tensors"] for name in names}
+    hashes = [{n: t["hash"] for n, t in m.items() if not n.startswith("random.")} for m in manifests.values()]
+    assert all(found == hashes[0] for found in hashes)  # the content's hash knows no mesh
+    placements = {m["layers.1.mixer.q_proj.weight"]["placement"] for m in manifests.values()}
+    assert len(placements) >= 3, placements  # they did lie differently
+    for target, saved in sources.items():
+        folders = [folder / name for name in saved]
+        for wrong in run_ranks(world(MESHES[target]), wrong_after_load, MESHES[target], folders):
+            assert wrong == [], target
+
+
+def test_sampled_meshes_open_each_others_checkpoints(tmp_path: Path) -> None:
+    """Every sampled mesh as a source and as a target; the file of each is opened by the next two."""
+    after = {name: tuple(SAMPLED[(i + k) % len(SAMPLED)] for k in (1, 3)) for i, name in enumerate(SAMPLED)}
+    check(SAMPLED, tmp_path, after)
+
+
+@pytest.mark.full
+@pytest.mark.timeout(1200)
+def test_every_mesh_opens_the_checkpoints_of_every_mesh(tmp_path: Path) -> None:
+    """12 × 12."""
+    check(tuple(MESHES), tmp_path, dict.fromkeys(MESHES, tuple(MESHES)))
