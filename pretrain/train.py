@@ -23,12 +23,14 @@ from ..parallel.engines.base import Engine, Objective
 from ..parallel.engines.deepspeed import DeepSpeedEngine
 from ..parallel.engines.fsdp import FSDPEngine, build_model
 from ..parallel.engines.pipeline import PipelineEngine, build_stages
+from ..parallel.kinds.base import Load
 from ..parallel.megatron import preload
 from ..parallel.mesh import Mesh, build_mesh
 from .config import RunConfig, load_config
 from .errors import DivergenceError
 from .experts import check_routers, expert_layers, finish_experts
 from .health.events import Events
+from .health.expectation import planned_memory
 from .health.guard import Health, Verdict
 from .meter.environment import environment, write_environment
 from .meter.meter import Meter
@@ -67,7 +69,8 @@ def train(config: RunConfig) -> None:
 
     predicted = predicted_step(config, dist.get_world_size()) if dist.get_rank() == 0 else {}
     pulse = Pulse()
-    health = Health(config.health, config.path, engine, stream, keeper, pulse, config.optim.warmup)
+    planned = partial(planned_memory, config, mesh.pp_rank)
+    health = Health(config.health, config.path, engine, stream, keeper, pulse, config.optim.warmup, planned)
     meter = open_meter(config, engine, pulse, environs["device"])
     with keeper, open_tracker(config, first) as tracker, health, meter:
         health.resume(first, carried)
@@ -212,7 +215,10 @@ def open_meter(config: RunConfig, engine: Engine, pulse: Pulse, device_name: str
     """What measures the steps of this run."""
     peak = peak_flops(device_name, config.train.precision, config.tracking.peak_tflops)
     window = ProfileWindow(config.path, engine.mesh.device)
-    return Meter(config.model, engine, pulse, window, config.data.global_batch * config.data.seq_len, peak)
+    rows = config.data.global_batch * config.data.seq_len
+    on_gpu = engine.mesh.device.type == "cuda"
+    load = Load(0, 0.0, itemsize=config.train.compute_dtype.itemsize, kernels="triton" if on_gpu else "torch")
+    return Meter(config.model, engine, pulse, window, rows, peak, config.recompute, load)
 
 
 def step_metrics(

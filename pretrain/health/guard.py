@@ -5,7 +5,7 @@ from __future__ import annotations
 import enum
 import math
 import socket
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -50,7 +50,7 @@ class Health:
         keeper: of its checkpoints.
         pulse: what the loop is doing.
         warmup: steps of learning-rate warm-up.
-        planned: the planner's expectation of this rank's memory, in bytes by part.
+        planned: gives the planner's expectation of this rank's memory, in bytes by part; asked when memory runs out.
     """
 
     def __init__(
@@ -62,7 +62,7 @@ class Health:
         keeper: Keeper,
         pulse: Pulse,
         warmup: int,
-        planned: Mapping[str, Any] | None = None,
+        planned: Callable[[], Mapping[str, float] | None] = lambda: None,
     ) -> None:
         self.config, self.run, self.engine, self.stream, self.pulse = config, run, engine, stream, pulse
         self.planned = planned
@@ -262,7 +262,7 @@ class Health:
         beat = self.pulse.beat
         rank = self.events.rank
         try:
-            path, line = memory.report(self.run, rank, beat.step, beat.phase, error, self.engine, self.planned)
+            path, line = memory.report(self.run, rank, beat.step, beat.phase, error, self.engine, self.planned())
             if self.config.memory == "act":
                 memory.dump_history(self.run, rank, self.engine.mesh.device)
         except OSError as failure:

@@ -67,7 +67,13 @@ def keep_history(device: torch.device) -> None:
 
 
 def report(
-    run: Path, rank: int, step: int, phase: str, error: BaseException, engine: Engine, planned: Mapping[str, Any] | None
+    run: Path,
+    rank: int,
+    step: int,
+    phase: str,
+    error: BaseException,
+    engine: Engine,
+    planned: Mapping[str, float] | None,
 ) -> tuple[Path, str]:
     """Write `health/memory-rank-R.json`; the file and a line for people.
 
@@ -92,7 +98,7 @@ def report(
         line += f" allocated of {seen['device_total'] / GIB:.2f}"
     line += f", of which parameters, gradients and optimizer state {sum(state.values()) / GIB:.2f} GiB"
     if planned:
-        line += f"; planned {sum(v for v in planned.values() if isinstance(v, int | float)) / GIB:.2f} GiB"
+        line += f"; planned {sum(planned.values()) / GIB:.2f} GiB in all"
     return path, f"{line}; smaller data.micro_batch or more recompute would help (details: {path})"
 
 

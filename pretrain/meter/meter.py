@@ -19,13 +19,14 @@ from torch.distributed.tensor import DTensor
 
 from ...data.stream import Step
 from ...parallel.engines.base import Engine
-from ...parallel.model import ModelConfig, flops_per_token
+from ...parallel.kinds.base import Load
+from ...parallel.model import ModelConfig
 from ...parallel.parts import named_parts
+from ...parallel.recompute import RecomputeConfig
+from .flops import step_flops
 from .pulse import Pulse
 from .sampler import Sampler
 from .window import ProfileWindow
-
-TRAINING = 3  # forward and twice as much backward
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,7 @@ class Meter:
         window: the profiler's window on this job.
         row_tokens: tokens of a step's rows, padding included.
         peak_flops: of one device, FLOP/s, None where it is not known.
+        recompute, load: what the backward repeats, and with which kernels and item size; for HFU.
     """
 
     def __init__(
@@ -76,9 +78,12 @@ class Meter:
         window: ProfileWindow,
         row_tokens: int,
         peak_flops: float | None,
+        recompute: RecomputeConfig | None = None,
+        load: Load | None = None,
     ) -> None:
         self.config, self.engine, self.pulse, self.window = config, engine, pulse, window
         self.row_tokens, self.peak_flops = row_tokens, peak_flops
+        self.recompute, self.load = recompute or RecomputeConfig(), load or Load(0, 0.0)
         self.sampler = Sampler()
         self._norms = ModalityNorms(engine, config.modalities)
 
@@ -124,14 +129,12 @@ class Meter:
         """What goes into `metrics.jsonl` beside losses; docs/health.md says what each is."""
         values = {f"grad_norm/{name}": norm for name, norm in totals.norms.items()}
         tokens = sum(data.tokens.values())
-        forward = flops_per_token(self.config, data.attended / max(1, tokens))
-        useful = TRAINING * forward * tokens
-        done = TRAINING * forward * self.row_tokens
+        flops = step_flops(self.config, self.recompute, tokens, self.row_tokens, data.attended, self.load)
         per_device = max(timing.step, 1e-9) * dist.get_world_size()
-        values["model_tflops_per_device"] = useful / per_device / 1e12
+        values["model_tflops_per_device"] = flops.useful / per_device / 1e12
         if self.peak_flops:
-            values["mfu"] = useful / per_device / self.peak_flops
-            values["hfu"] = done / per_device / self.peak_flops
+            values["mfu"] = flops.useful / per_device / self.peak_flops
+            values["hfu"] = flops.done / per_device / self.peak_flops
         values["padding"] = 1 - tokens / self.row_tokens
         values["seconds/data"] = timing.data
         if self.engine.mesh.device.type == "cpu":  # elsewhere the thread waits for the device, not for collectives
