@@ -96,15 +96,21 @@ def train_with(config: RunConfig, fault: Fault | None = None) -> str:
     # The recorder's buffer is made with the first process group; ours was made by the test harness.
     if fault is not None:
         where = {"position": -1}
-        build = module.build_engine
+        build, open_stream = module.build_engine, module.open_stream
 
-        class Watched(module.Stream):
-            def next(self) -> Any:
-                step = super().next()
+        def watched(*args: Any) -> Any:
+            stream = open_stream(*args)
+            read = stream.next
+
+            def told() -> Any:
+                step = read()
                 where["position"] = step.index
                 return step
 
-        module.Stream = Watched  # type: ignore[misc]
+            stream.next = told  # type: ignore[method-assign]
+            return stream
+
+        module.open_stream = watched
         module.build_engine = lambda *args: Faulty(build(*args), fault, lambda: where["position"])  # type: ignore
     try:
         module.train(config)
