@@ -8,7 +8,7 @@ export OMP_NUM_THREADS ?= 1
 export WANDB_SILENT ?= true
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: quickstart test test-full chaos check format bench clean
+.PHONY: quickstart test test-full chaos slurm check format bench clean
 
 $(VENV)/.base: Makefile
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -39,6 +39,9 @@ test-full: $(VENV)/.dev $(VENV)/.triton36  ## everything, minutes longer; the st
 
 chaos: $(VENV)/.dev  ## injected faults: killed, stopped and slow ranks, NaN, full disks, jumping clocks
 	$(BIN)/python -m pytest -q -m chaos
+
+slurm:  ## programs that the tests of launch/ use where they find them (Debian, as root)
+	apt-get install -y --no-install-recommends slurm-wlm munge iproute2
 
 $(VENV)/.triton36: $(VENV)/.base
 	$(BIN)/pip install -q --no-deps --target $(VENV)/triton36 "triton==3.6.0"

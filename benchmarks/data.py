@@ -1,7 +1,7 @@
 """`polylepis data bench` on the quickstart data set, written down: python -m benchmarks.data [FOLDER [PYTHON]].
 
-PYTHON is an interpreter that has litdata, mosaicml-streaming and megatron-energon, or some of them; they are not
-dependencies of this project.
+PYTHON is an interpreter that has litdata and mosaicml-streaming, or one of them; they are not dependencies of this
+project.
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ def main(folder: str = "runs/quickstart/shards", python: str = sys.executable) -
         json.dumps({"machine": machine, "commit": commit, **result}, indent=1) + "\n"
     )
     (RESULTS / "data_cpu.md").write_text(
-        f"`python -m benchmarks.data`, commit {commit}, {machine}; quickstart data set, one process, files in the page cache.\n\n"
+        f"`python -m benchmarks.data`, commit {commit}, {machine}; quickstart data set, each reader in one process, "
+        "files in the page cache.\n\n"
         f"```\n{report(result)}\n```\n"
     )
     print(report(result))

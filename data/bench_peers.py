@@ -16,7 +16,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-PEERS = ("litdata", "mosaicml-streaming", "megatron-energon")
+PEERS = ("litdata", "mosaicml-streaming")
+_SECONDS = 600
 Samples = Iterator[dict[str, Any]]
 
 
@@ -26,7 +27,10 @@ def measure(name: str, python: str, path: Path, split: str, samples: int) -> dic
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path[1:]))}
     if python != sys.executable:  # its packages first; ours are found through the package's own root
         environment["PYTHONPATH"] = str(Path(__file__).resolve().parents[2])
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=_SECONDS)
+    except subprocess.TimeoutExpired:
+        return {"error": f"no result within {_SECONDS} s"}
     if done.returncode == 0:
         return json.loads(done.stdout.splitlines()[-1])
     lines = done.stderr.strip().splitlines()
@@ -55,40 +59,17 @@ def _mosaic(folder: Path, members: Callable[[], Samples], work: Path) -> Callabl
     return lambda: iter(StreamingDataset(local=str(work), shuffle=True, batch_size=1))
 
 
-def _energon(folder: Path, members: Callable[[], Samples], work: Path) -> Callable[[], Samples]:
-    """Reads our tars themselves, linked into a folder of its own."""
-    from megatron.energon import WorkerConfig, get_train_dataset
-    from megatron.energon.flavors.webdataset import BaseWebdatasetFactory
-
-    tars = sorted(folder.glob("*.tar"))
-    for tar in tars:
-        os.symlink(tar.resolve(), work / tar.name)
-    ratio = [("train", 1.0), ("val", 0.0), ("test", 0.0)]
-    BaseWebdatasetFactory.prepare_dataset(work, [t.name for t in tars], split_parts_ratio=ratio, workers=1)
-    kind = {"__module__": "megatron.energon", "__class__": "CrudeWebdataset"}
-    (work / ".nv-meta" / "dataset.yaml").write_text(json.dumps(kind))  # JSON is YAML
-
-    def read() -> Samples:
-        from megatron.energon import Cooker, DefaultTaskEncoder
-
-        class Raw(DefaultTaskEncoder):
-            cookers = (Cooker(cook=dict),)
-            decoder = None
-
-        workers = WorkerConfig(rank=0, world_size=1, num_workers=0)
-        options = {"batch_size": None, "shuffle_buffer_size": 1000, "max_samples_per_sequence": 100}
-        return iter(get_train_dataset(str(work), worker_config=workers, task_encoder=Raw(), **options))
-
-    return read
-
-
-_OPEN = dict(zip(PEERS, (_litdata, _mosaic, _energon), strict=True))
+_OPEN = dict(zip(PEERS, (_litdata, _mosaic), strict=True))
 
 
 def main(name: str, path: str, split: str, samples: str) -> None:
     """Converts, reads, and prints one line of JSON."""
-    from importlib.metadata import version
+    from importlib.metadata import PackageNotFoundError, version
 
+    try:
+        found = version(name)
+    except PackageNotFoundError:
+        sys.exit(f"{name} is not installed")
     from .bench import _array, _decode
     from .dataset import Dataset
 
@@ -96,8 +77,8 @@ def main(name: str, path: str, split: str, samples: str) -> None:
 
     def members() -> Samples:
         for i in range(len(chosen)):
-            found = chosen.members(i)
-            yield {"json": found["json"], "tokens": found["tokens.npy"], "png": found.get("png", b"")}
+            whole = chosen.members(i)
+            yield {"json": whole["json"], "tokens": whole["tokens.npy"], "png": whole.get("png", b"")}
 
     count = int(samples)
     with tempfile.TemporaryDirectory() as work:
@@ -132,11 +113,11 @@ def main(name: str, path: str, split: str, samples: str) -> None:
                     work_on(sample)
                 best = max(best, count / (_cpu() - started))
             rates[kind] = best
-    print(json.dumps({"version": version(name), **rates}))
+    print(json.dumps({"version": found, **rates}))
 
 
 def _member(sample: dict[str, Any], start: str) -> Any:
-    """A member by the beginning of its name, as bytes; Energon keeps the names of the tar."""
+    """A member by the beginning of its name, as bytes."""
     return next(bytes(value) for key, value in sample.items() if key.startswith(start))
 
 

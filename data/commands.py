@@ -308,7 +308,7 @@ def bench(
 ) -> None:
     """Measure reading here, side by side with webdataset and other readers: rates, resume, planning, memory.
 
-    litdata, mosaicml-streaming and megatron-energon are measured where this Python, or that of --python, has them.
+    litdata and mosaicml-streaming are measured where this Python, or that of --python, has them.
     """
     import json
     import sys

@@ -37,7 +37,10 @@ class Volume:
 def forward_volume(
     config: ModelConfig, mesh: MeshConfig, context: ContextConfig, n_tokens: int, itemsize: int = 4
 ) -> Volume:
-    """Collectives of tensor, sequence and context parallelism in the forward of one micro-batch, seen by one rank.
+    """Collectives of tensor, sequence, context and expert parallelism in a micro-batch's forward, seen by one rank.
+
+    The rows that experts receive depend on the routing: here it is even, which is also the mean over ranks.
+    Balancing terms and capacities that add counts up over context ranks are left out.
 
     Args:
         n_tokens: tokens of the micro-batch, all context ranks together.
@@ -78,7 +81,8 @@ def layer_volume(
             _mamba(over_cp, config, layer, mesh, context, n_tokens, itemsize)
     elif isinstance(layer, AttentionConfig) and mesh.cp > 1:
         _attention(over_cp, layer, mesh, context, n_tokens, itemsize)
-    elif isinstance(layer, MoEConfig) and mesh.ep > 1:  # rows there and back
+    elif isinstance(layer, MoEConfig) and mesh.ep > 1:
+        over_ep.add("all_to_all", layer.n_experts, 8)  # counts; then rows there and back
         over_ep.add("all_to_all", n_tokens // mesh.cp * layer.top_k * config.d_model, itemsize, 2)
     return over_tp, over_cp, over_ep
 

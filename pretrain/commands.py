@@ -21,6 +21,8 @@ def train(config: str, overrides: tuple[str, ...], shrink: bool, dry_run: bool) 
     config.yaml, metrics.jsonl, loss.png, checkpoints/ and wandb/. Called again, it resumes from the newest
     checkpoint. On several machines start the worker itself: torchrun … -m polylepis.pretrain.train CONFIG.
     """
+    from .claim import check_free
+    from .preempt import clear_requests, read_outcome
     from .prepare import check_all, n_processes
     from .shrink import shrink as shrunk
     from .spawn import run_workers
@@ -33,11 +35,17 @@ def train(config: str, overrides: tuple[str, ...], shrink: bool, dry_run: bool) 
     if dry_run:
         click.echo(to_yaml(resolved), nl=False)
         return
+    check_free(resolved.path)
     click.echo(f"{resolved.name}: {world_size} processes, run folder {resolved.folder}", err=True)
     resolved.path.mkdir(parents=True, exist_ok=True)
+    clear_requests(resolved.path)
     requested = resolved.path / ".requested.yaml"
     requested.write_text(to_yaml(resolved))
     run_workers(world_size, [str(requested)])
+    outcome = read_outcome(resolved.path)
+    if outcome is None or not outcome.startswith("done"):
+        click.echo(f"{resolved.name}: {outcome or 'ended before it could save'}; the same command resumes it", err=True)
+        raise SystemExit(1)
     click.echo(f"{resolved.name}: trained to step {resolved.train.steps}; see {resolved.folder}", err=True)
 
 

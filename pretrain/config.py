@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+import re
 import typing
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -140,6 +141,20 @@ class RunConfig:
         return self.path / "checkpoints"
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1 takes 1e-3 for a word, because it has no point; people who write it mean the number."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+)
+
+
+def read_yaml(text: str) -> Any:
+    """Plain values of a YAML text, numbers as everyone writes them."""
+    return yaml.load(text, _Loader)
+
+
 def recipe_names() -> list[str]:
     return sorted(path.stem for path in RECIPES.glob("*.yaml"))
 
@@ -173,7 +188,7 @@ def load_config(name: str, overrides: Sequence[str] = ()) -> RunConfig:
     """
     file = find_config(name)
     try:
-        values = yaml.safe_load(file.read_text())
+        values = read_yaml(file.read_text())
     except yaml.YAMLError as error:
         raise ConfigError(f"{file}: not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
@@ -229,7 +244,7 @@ def _override(values: dict[str, Any], text: str) -> tuple[str, ...]:
         if not isinstance(node, dict):
             raise ConfigError(f"{text}: {step} is a value, not a section")
     try:
-        node[path[-1]] = yaml.safe_load(raw)
+        node[path[-1]] = read_yaml(raw)
     except yaml.YAMLError:
         raise ConfigError(f"{text}: {raw!r} is not a YAML value") from None
     return path

@@ -18,6 +18,7 @@ from ..parallel.pipeline.config import check_split_backward, cut_stages
 from ..parallel.pipeline.cost import Roofline, Setting, layer_seconds
 from ..parallel.pipeline.devices import DEVICES
 from ..parallel.pipeline.stage import Stage
+from .claim import check_free
 from .config import CONFIG_FILE, RunConfig, differing_keys, load_config, to_yaml
 from .errors import ConfigError
 
@@ -159,6 +160,7 @@ def check_folder(config: RunConfig) -> None:
 def prepare_folder(config: RunConfig) -> None:
     """Create the run folder and write the resolved configuration into it."""
     check_folder(config)
+    check_free(config.path)
     config.path.mkdir(parents=True, exist_ok=True)
     aside = config.path / f".{CONFIG_FILE}.part"
     aside.write_text(to_yaml(config))

@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Sequence
 
+from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
@@ -14,6 +15,8 @@ from .errors import ConfigError
 
 def run_workers(n_processes: int, arguments: Sequence[str], module: str = "polylepis.pretrain.train") -> None:
     """Run `module` in `n_processes` processes and wait.
+
+    A signal to this process reaches the workers, which save and stop (see `preempt`); it does not raise here.
 
     Raises:
         ConfigError: a worker failed; the worker has said why on standard error.
@@ -31,6 +34,8 @@ def run_workers(n_processes: int, arguments: Sequence[str], module: str = "polyl
     )
     try:
         elastic_launch(config, sys.executable)("-m", module, *arguments)
+    except SignalException as signalled:  # after the workers have ended
+        print(f"polylepis: {signalled.sigval.name}: {module.rpartition('.')[2]} ended its workers", file=sys.stderr)
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         raise ConfigError(

@@ -18,7 +18,7 @@ import torch.distributed as dist
 
 from ..checkpoints.keeper import Keeper
 from ..checkpoints.manifest import hash_config
-from ..data.stream import Step, Stream
+from ..data.stream import Step
 from ..parallel.engines.base import Engine, Objective
 from ..parallel.engines.deepspeed import DeepSpeedEngine
 from ..parallel.engines.fsdp import FSDPEngine, build_model
@@ -26,6 +26,7 @@ from ..parallel.engines.pipeline import PipelineEngine, build_stages
 from ..parallel.kinds.base import Load
 from ..parallel.megatron import preload
 from ..parallel.mesh import Mesh, build_mesh
+from .claim import claim_folder
 from .config import RunConfig, load_config
 from .errors import DivergenceError
 from .experts import check_routers, expert_layers, finish_experts
@@ -41,6 +42,7 @@ from .meter.window import ProfileWindow
 from .objectives.next_token import next_token
 from .optim import build_optimizer
 from .plan.measure import predicted_step
+from .preempt import Preemption, die_with_parent, write_outcome
 from .prepare import check_run, open_data, open_stream, prepare_folder, stages_of
 
 
@@ -72,15 +74,27 @@ def train(config: RunConfig) -> None:
     planned = partial(planned_memory, config, mesh.pp_rank)
     health = Health(config.health, config.path, engine, stream, keeper, pulse, config.optim.warmup, planned)
     meter = open_meter(config, engine, pulse, environs["device"])
-    with keeper, open_tracker(config, first) as tracker, health, meter:
+    claim = claim_folder(config.path) if dist.get_rank() == 0 else contextlib.nullcontext()
+    with (
+        claim,
+        Preemption(config.path, config.train.steps) as preemption,
+        keeper,
+        open_tracker(config, first) as tracker,
+        health,
+        meter,
+    ):
         health.resume(first, carried)
-        step = first
-        while step < config.train.steps:
+        step, last = first, first >= config.train.steps
+        while not last:
             with located(step + 1):
                 pulse.enter("data", step + 1)
-                verdict = Verdict.SKIP
+                verdict, metrics = Verdict.SKIP, None
                 if not health.leaves_out(step + 1):
-                    verdict = train_step(config, step, engine, stream, keeper, health, meter, tracker, predicted)
+                    data = stream.next()
+                    check_agreement(step + 1, data.doc_digest, preemption)
+                    verdict, metrics = train_step(config, step, data, engine, health, meter)
+                if tracker is not None and metrics is not None:
+                    tracker.log(metrics | keeper.times() | predicted)
                 if verdict is Verdict.ROLL_BACK:
                     step = health.roll_back(step + 1)
                     if tracker is not None:
@@ -88,27 +102,17 @@ def train(config: RunConfig) -> None:
                     continue
                 step += 1
                 pulse.enter("checkpoint")
-                keeper.after_step(step, health.state, last=step == config.train.steps)
+                last = preemption.ends_after(step)
+                keeper.after_step(step, health.state, last=last)
 
     if tracker is not None and importlib.util.find_spec("matplotlib") and first < config.train.steps:
         plot_losses(config.path, config.model.modalities)
 
 
 def train_step(
-    config: RunConfig,
-    step: int,
-    engine: Engine,
-    stream: Stream,
-    keeper: Keeper,
-    health: Health,
-    meter: Meter,
-    tracker: Tracker | None,
-    predicted: dict[str, float],
-) -> Verdict:
-    """One step, the one after `step` others, unless the guards object before the update."""
-    data = stream.next()
-    check_agreement(step + 1, data.doc_digest)
-
+    config: RunConfig, step: int, data: Step, engine: Engine, health: Health, meter: Meter
+) -> tuple[Verdict, dict[str, Any] | None]:
+    """One step, the one after `step` others, and its metrics, unless the guards object before the update."""
     meter.pulse.enter("compute")
     sums = engine.accumulate(data.micro_batches, data.total_weight)
     travelling = meter.reduce(sums)
@@ -120,7 +124,7 @@ def train_step(
         engine.discard()
         for layer in expert_layers(engine).values():
             layer.forget()
-        return verdict
+        return verdict, None
     check_routers(engine, norm)
 
     meter.pulse.enter("update")
@@ -133,11 +137,9 @@ def train_step(
     meter.pulse.enter("between")
     timing = meter.time()
     imbalance = health.after(step + 1, timing.own)
-    if tracker is not None:
-        metrics = step_metrics(config, step + 1, data, totals.losses, norm, lr, timing.step, timing.data)
-        metrics |= meter.metrics(data, totals, timing) | experts | keeper.times() | predicted
-        tracker.log(metrics if imbalance is None else metrics | {"seconds/imbalance": imbalance})
-    return verdict
+    metrics = step_metrics(config, step + 1, data, totals.losses, norm, lr, timing.step, timing.data)
+    metrics |= meter.metrics(data, totals, timing) | experts
+    return verdict, metrics if imbalance is None else metrics | {"seconds/imbalance": imbalance}
 
 
 def build_engine(
@@ -190,18 +192,22 @@ def located(step: int) -> Iterator[None]:
         raise
 
 
-def check_agreement(step: int, digest: str) -> None:
-    """All ranks must be about to train on the same global batch at the same step; one 16-byte all-gather tells.
+def check_agreement(step: int, digest: str, preemption: Preemption) -> None:
+    """All ranks must be about to train on the same global batch at the same step; one 24-byte all-gather tells.
+
+    It also tells all ranks whether any of them has been asked to save and stop.
 
     Raises:
         DivergenceError: on every rank; names those that are not with the majority.
     """
     if dist.get_world_size() == 1:
+        preemption.agree(preemption.wanted())
         return
-    mine = torch.tensor([[step, int(digest, 16) >> 1]], device="cuda" if dist.get_backend() == "nccl" else "cpu")
-    everyone = mine.new_empty(dist.get_world_size(), 2)
+    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+    mine = torch.tensor([[step, int(digest, 16) >> 1, preemption.wanted()]], device=device)
+    everyone = mine.new_empty(dist.get_world_size(), 3)
     dist.all_gather_into_tensor(everyone, mine)
-    seen = [tuple(pair) for pair in everyone.tolist()]
+    seen = [(theirs, digest) for theirs, digest, _ in everyone.tolist()]
     usual, count = Counter(seen).most_common(1)[0]
     if count < len(seen):
         others = [f"rank {rank} (step {pair[0]})" for rank, pair in enumerate(seen) if pair != usual]
@@ -209,6 +215,7 @@ def check_agreement(step: int, digest: str) -> None:
             f"step {usual[0]}: ranks hold different batches; {', '.join(others[:8])} differ from the "
             f"other {count} ranks"
         )
+    preemption.agree(int(everyone[:, 2].max()))
 
 
 def open_meter(config: RunConfig, engine: Engine, pulse: Pulse, device_name: str) -> Meter:
@@ -260,12 +267,17 @@ def open_tracker(config: RunConfig, first: int) -> Iterator[Tracker | None]:
 
 def main(arguments: Sequence[str]) -> int:
     """Entry point of each process that torchrun starts; a user's mistake is one line on rank 0 and exit code 2."""
+    die_with_parent()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+    config = None
     try:
-        train(load_config(arguments[0], arguments[1:]))
+        config = load_config(arguments[0], arguments[1:])
+        train(config)
     except Exception as error:
         code = getattr(error, "exit_code", None)
         where = "; ".join(getattr(error, "__notes__", []))
+        if code == 2 and not where and config is not None and config.path.is_dir():
+            write_outcome(config.path, "refused", 0)  # another attempt would end the same way
         if where:  # in the loop, where one rank alone may have failed and the others only hear of it
             print(f"polylepis: {where}: {type(error).__name__}: {error}", file=sys.stderr)
         elif code is not None and os.environ.get("RANK", "0") == "0":

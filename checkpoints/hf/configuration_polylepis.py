@@ -10,6 +10,7 @@ SECTIONS = {"M": "mamba", "*": "attention", "-": "mlp", "E": "moe"}
 DEFAULTS: dict[str, dict[str, Any]] = {
     "mamba": {
         "expand": 2,
+        "width": None,
         "d_state": 128,
         "head_dim": 64,
         "n_groups": 8,
@@ -23,7 +24,19 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     },
     "attention": {"n_heads": 32, "n_kv_heads": 8, "head_dim": 128, "rope_base": None},
     "mlp": {"d_ff": 16384, "activation": "relu2"},
-    "moe": {"n_experts": 8, "top_k": 2, "d_ff": 4096, "d_ff_shared": 4096, "scale": 1.0},
+    "moe": {
+        "n_experts": 8,
+        "top_k": 2,
+        "d_ff": 4096,
+        "d_ff_shared": 4096,
+        "scale": 1.0,
+        "activation": "relu2",
+        "router": "sigmoid",
+        "renormalise": True,
+        "n_groups": 1,
+        "top_groups": 1,
+        "partition": {},
+    },
 }
 
 

@@ -113,7 +113,7 @@ class PolylepisMamba(nn.Module):
         super().__init__()
         self.sizes = sizes = config.layer(index)
         self.modalities = config.modalities
-        d, inner = config.hidden_size, sizes["expand"] * config.hidden_size
+        d, inner = config.hidden_size, sizes["width"] or sizes["expand"] * config.hidden_size
         self.heads, states = inner // sizes["head_dim"], sizes["n_groups"] * sizes["d_state"]
         self.widths = [inner, states, states]
         widths = {"z": inner, "x": inner, "B": states, "C": states, "dt": self.heads}
@@ -239,36 +239,67 @@ class PolylepisFeedForward(nn.Module):
 
 
 class PolylepisRouter(nn.Module):
-    """Sigmoid scores; a bias takes part in the choice of the top k, not in their weights (which sum to `scale`)."""
+    """Sigmoid or softmax scores; a bias takes part in the choice of the top k, not in their weights.
 
-    def __init__(self, d: int, sizes: dict[str, Any]) -> None:
+    With a `partition`, tokens of a modality choose among its own experts and the common ones, which come last; with
+    groups, a token first chooses those whose two best experts have the largest biased scores in sum.
+    """
+
+    def __init__(self, d: int, sizes: dict[str, Any], modalities: list[str]) -> None:
         super().__init__()
-        self.top_k, self.scale = sizes["top_k"], sizes["scale"]
+        self.sizes, self.modalities = sizes, modalities
         self.weight = nn.Parameter(torch.empty(sizes["n_experts"], d))
         self.register_buffer("e_score_correction_bias", torch.zeros(sizes["n_experts"]))
 
-    def forward(self, h_TD: Tensor) -> tuple[Tensor, Tensor]:
-        wide = compute_dtype(h_TD)
-        scores = F.linear(h_TD.to(wide), self.weight.to(wide)).sigmoid()
-        chosen = (scores.detach() + self.e_score_correction_bias.to(wide)).topk(self.top_k, dim=-1).indices
+    def forward(self, h_TD: Tensor, modality_T: Tensor) -> tuple[Tensor, Tensor]:
+        sizes, wide = self.sizes, compute_dtype(h_TD)
+        logits = F.linear(h_TD.to(wide), self.weight.to(wide))
+        closed = self._closed(modality_T)
+        if closed is not None:
+            logits = logits.masked_fill(closed, float("-inf"))
+        scores = logits.sigmoid() if sizes["router"] == "sigmoid" else logits.softmax(dim=-1)
+        biased = scores.detach() + self.e_score_correction_bias.to(wide)
+        if closed is not None:
+            biased = biased.masked_fill(closed, float("-inf"))
+        if sizes["n_groups"] > 1:
+            groups = biased.unflatten(1, (sizes["n_groups"], -1))
+            order = groups.topk(2, dim=-1).values.sum(dim=-1).argsort(dim=-1, descending=True, stable=True)
+            biased = groups.scatter(
+                1, order[:, sizes["top_groups"] :, None].expand(-1, -1, groups.shape[2]), float("-inf")
+            )
+            biased = biased.flatten(1)
+        chosen = biased.topk(sizes["top_k"], dim=-1).indices
         weights = scores.gather(1, chosen)
-        return chosen, weights / (weights.sum(dim=-1, keepdim=True) + 1e-20) * self.scale
+        if sizes["renormalise"]:
+            weights = weights / (weights.sum(dim=-1, keepdim=True) + 1e-20)
+        return chosen, weights * sizes["scale"]
+
+    def _closed(self, modality_T: Tensor) -> Tensor | None:
+        """bool [T, E]: the experts that each token may not choose; None where all may choose all."""
+        partition = self.sizes["partition"]
+        if not partition:
+            return None
+        common = partition.get("shared", 0)
+        counts = torch.tensor([*(partition[name] for name in self.modalities), common], device=modality_T.device)
+        owner = torch.repeat_interleave(torch.arange(len(counts), device=counts.device), counts)
+        return (owner != modality_T[:, None]) & (owner != len(self.modalities))
 
 
 class PolylepisExperts(nn.Module):
-    """`E`: each token passes its top-k experts and one shared expert, all squared-ReLU MLPs."""
+    """`E`: each token passes its top-k experts and one shared expert, all squared-ReLU (or swiglu) MLPs."""
 
     def __init__(self, config: PolylepisConfig, index: int) -> None:
         super().__init__()
         sizes, d = config.layer(index), config.hidden_size
-        self.gate = PolylepisRouter(d, sizes)
-        experts = [PolylepisFeedForward(d, sizes["d_ff"], "relu2") for _ in range(sizes["n_experts"])]
+        self.gate = PolylepisRouter(d, sizes, config.modalities)
+        kind = sizes["activation"]
+        experts = [PolylepisFeedForward(d, sizes["d_ff"], kind) for _ in range(sizes["n_experts"])]
         self.experts = nn.ModuleList(experts)
-        self.shared_experts = PolylepisFeedForward(d, sizes["d_ff_shared"], "relu2")
+        self.shared_experts = PolylepisFeedForward(d, sizes["d_ff_shared"], kind)
 
-    def forward(self, h: Tensor, batch: Any = None, cache: Any = None) -> Tensor:
+    def forward(self, h: Tensor, batch: dict[str, Any], cache: Any = None) -> Tensor:
         h_TD = h.flatten(0, 1)
-        chosen, weights = self.gate(h_TD)
+        chosen, weights = self.gate(h_TD, batch["modality_ids"].flatten())
         rows = h_TD.repeat_interleave(chosen.shape[1], dim=0)
         out = dispatch(rows, chosen.flatten(), self.experts).view(*chosen.shape, -1)
         out = (out * weights.to(out.dtype)[..., None]).sum(dim=1)

@@ -75,7 +75,7 @@ def guarded(folder: Path, build: Callable[[Path], Any]) -> Any:
         raise
     except ImportError as error:
         raise DataError(
-            f"pretrained codecs need: pip install polylepis[hf] ({' '.join(str(error).split())})"
+            f"pretrained codecs need: pip install polylepis[hf,latents] ({' '.join(str(error).split())})"
         ) from error
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise DataError(f"cannot load {folder}: {' '.join(str(error).split())}") from error

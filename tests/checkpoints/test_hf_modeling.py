@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 import pytest
@@ -10,12 +9,14 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from polylepis.checkpoints.hf.layout import entries
+from polylepis.checkpoints.hf.layout import export_rules
 from polylepis.checkpoints.hf.targets import config_json
 from polylepis.checkpoints.sharded import model_tensors
+from polylepis.checkpoints.transforms import Tensors, Transformed, in_memory
 from polylepis.parallel.engines.fsdp import build_model
 from polylepis.parallel.kinds.attention import AttentionConfig
 from polylepis.parallel.kinds.mlp import MLPConfig
+from polylepis.parallel.kinds.moe import MoEConfig
 from polylepis.parallel.layout import Layout
 from polylepis.parallel.mesh import MeshConfig, build_mesh
 from polylepis.parallel.model import HybridModel, ModelConfig
@@ -26,11 +27,24 @@ pytest.importorskip("transformers", minversion="5.15.1")
 
 VOCABULARY = {"modalities": ["text", "image", "voice"], "sizes": [10, 7, 5], "specials": 32, "vocab_multiple": 16}
 ROPE = AttentionConfig(n_heads=4, n_kv_heads=2, head_dim=6, rope_base=100.0)
+PARTITIONED = MoEConfig(
+    n_experts=7,
+    top_k=2,
+    d_ff=10,
+    d_ff_shared=12,
+    activation="swiglu",
+    partition={"text": 2, "image": 1, "voice": 3, "shared": 1},
+)
+GROUPED = MoEConfig(
+    n_experts=6, top_k=2, d_ff=10, d_ff_shared=12, router="softmax", renormalise=False, n_groups=3, top_groups=2
+)
 MODELS = {
     "everything routed": toy("M*-ME", ALL_ROUTED, vocab_size=54),
     "rope, swiglu": toy("M*-M", ("z", "dt_bias"), vocab_size=54, attention=ROPE, mlp=MLPConfig(20, "swiglu")),
     "gelu, out": toy("M--*", ("out", "B"), vocab_size=54, mlp=MLPConfig(20, "gelu")),
     "nothing routed": toy("ME", (), vocab_size=54, layers={1: {"n_experts": 4, "scale": 0.7}}),
+    "partitioned experts, swiglu": toy("M*E", ("z",), vocab_size=54, moe=PARTITIONED),
+    "softmax experts in groups": toy("ME", (), vocab_size=54, moe=GROUPED),
     "no mamba": toy("*-", (), vocab_size=54),
 }
 ROUTED = MODELS["everything routed"]
@@ -50,8 +64,8 @@ def whole(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def exported(config: ModelConfig, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Tensors (or gradients) under their exported names, nothing rounded."""
-    plan = (dataclasses.replace(entry, dtype=torch.float64) for entry in entries(config, "polylepis", torch.float64))
-    return {entry.name: entry.build(tensors) for entry in plan if set(entry.sources) <= tensors.keys()}
+    rules = [rule for rule in export_rules(config, "polylepis") if set(rule.sources) <= tensors.keys()]
+    return in_memory(Transformed(Tensors(tensors), rules))
 
 
 def hf_config(config: ModelConfig, vocabulary: dict[str, Any] | None = VOCABULARY) -> Any:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import base64
+import importlib.util
 import json
 import re
+import sys
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -13,7 +15,8 @@ import pytest
 from click.testing import CliRunner
 
 from polylepis.data.audit import audit, parse_sources, simulate
-from polylepis.data.bench import planning
+from polylepis.data.bench import planning, resident_memory
+from polylepis.data.bench_peers import measure
 from polylepis.data.commands import data
 from polylepis.data.dataset import Dataset
 from polylepis.data.errors import DataError
@@ -121,3 +124,24 @@ def test_planning_is_fast() -> None:
     lengths = np.clip(np.random.default_rng(0).lognormal(5.5, 1.0, 40_000).astype(np.int64), 8, 4096)
     # Measured 1.0 to 1.8 us; the bound leaves room for a machine that is busy with other tests.
     assert planning(lengths, documents=40_000) < 5.0
+
+
+@pytest.mark.full
+def test_memory_stays_flat_over_a_hundred_thousand_samples(quickstart: Path) -> None:
+    """pytorch #13246: workers whose data set is Python objects grow with every sample that they touch."""
+    config = StreamConfig(str(quickstart), seq_len=1024, global_batch=8, micro_batch=8)
+    found = resident_memory(config, 100_000, workers=4)
+    assert found["samples"] >= 100_000 and found["early"] > 0
+    assert found["late"] - found["early"] < 16 << 20, found
+
+
+def test_memory_is_that_of_the_reader_and_its_workers(small: Path) -> None:
+    config = StreamConfig(str(small), seq_len=512, global_batch=8, micro_batch=8)
+    alone, with_two = (resident_memory(config, 900, workers=workers) for workers in (0, 2))
+    assert alone["samples"] >= 900 and alone["late"] > 1 << 20
+    assert with_two["late"] > alone["late"] + (1 << 20)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("litdata") is not None, reason="litdata is installed here")
+def test_a_peer_that_is_not_there_is_named(small: Path) -> None:
+    assert measure("litdata", sys.executable, small, "train", 10) == {"error": "litdata is not installed"}

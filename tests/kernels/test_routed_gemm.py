@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from polylepis.kernels.routed_gemm import routed_linear
+from polylepis.kernels.routed_gemm import grouped_outer, grouped_rows, routed_linear
 
 
 def per_row(x: Tensor, weight: Tensor, counts: list[int]) -> Tensor:
@@ -64,3 +64,23 @@ def test_refusals() -> None:
         routed_linear(x[:, :4], weight, [2, 2])
     with pytest.raises(ValueError, match="expected one dtype"):
         routed_linear(x.double(), weight, [2, 2])
+
+
+@pytest.mark.skipif(not hasattr(torch.nn.functional, "grouped_mm"), reason="this torch has no grouped_mm")
+@pytest.mark.parametrize("counts", [(5, 0, 3, 8), (0, 0, 16, 0), (1, 1, 1, 13), (16, 0, 0, 0)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_grouped_products_equal_the_loop(counts: tuple[int, ...], dtype: torch.dtype) -> None:
+    """What runs on CUDA, its three products on the CPU: output, gradient of the rows, gradient of the bank."""
+    generator = torch.Generator().manual_seed(0)
+    x, dy = (torch.randn(16, width, generator=generator).to(dtype) for width in (24, 40))
+    weight = torch.randn(4, 40, 24, generator=generator).to(dtype)
+    ends = torch.tensor(counts).cumsum(0).to(torch.int32)
+    leaves = x.clone().requires_grad_(), weight.clone().requires_grad_()
+    y = routed_linear(*leaves, counts)
+    y.backward(dy)
+    tolerance = {"rtol": 2e-2, "atol": 2e-2} if dtype == torch.bfloat16 else {"rtol": 1e-5, "atol": 1e-5}
+    torch.testing.assert_close(grouped_rows(x, weight.transpose(1, 2), ends), y.detach(), **tolerance)
+    torch.testing.assert_close(grouped_rows(dy, weight, ends), leaves[0].grad, **tolerance)
+    outer = grouped_outer(dy, x, ends, counts)
+    torch.testing.assert_close(outer, leaves[1].grad, **tolerance)
+    assert not any(bool(outer[entry].any()) for entry, count in enumerate(counts) if count == 0)

@@ -10,10 +10,11 @@ import torch
 import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from equivalence import SEQ_LEN
+from equivalence import SEQ_LEN, start_experts
 from polylepis.parallel.context import StateExchange
 from polylepis.parallel.engines.fsdp import build_model
 from polylepis.parallel.kinds.mamba import Mamba, MambaConfig
+from polylepis.parallel.kinds.moe import MoEConfig
 from polylepis.parallel.layout import Layout
 from polylepis.parallel.mesh import ContextConfig, MeshConfig, build_mesh
 from polylepis.parallel.model import ModelConfig
@@ -22,6 +23,8 @@ from polylepis.parallel.volume import Volume, forward_volume
 from ranks import run_ranks
 from toys import ALL_ROUTED, toy, toy_batch
 
+EXPERTS = MoEConfig(n_experts=4, top_k=2, d_ff=8, d_ff_shared=8)
+EVEN = (9.0, 0.0, 9.0, 0.0)  # every token to one expert of each of two ranks
 GROUPS = MambaConfig(d_state=6, head_dim=4, n_groups=4, chunk_size=8, routed=ALL_ROUTED)
 ONE_GROUP = MambaConfig(d_state=6, head_dim=4, n_groups=1, chunk_size=8)
 
@@ -54,6 +57,8 @@ def forward_counts(
 ) -> tuple[Counter[str], Counter[str]]:
     mesh = build_mesh(mesh_config, "cpu", context)
     model = build_model(config, mesh)
+    if "E" in config.symbols and mesh.ep_size > 1:
+        start_experts(model, EVEN)
     batch = toy_batch([[13, 1, 9], [20]], SEQ_LEN)
     layout = Layout.from_batch(batch, 3, mesh)
     tokens, labels = (layout.mine(batch[n].reshape(-1)) for n in ("tokens", "labels"))
@@ -76,6 +81,8 @@ CASES = {
         ContextConfig(mamba="heads", attention="heads"),
     ),
     "cp gather": (toy("*"), MeshConfig(dp_shard=1, cp=2), ContextConfig(attention="gather")),
+    "ep": (toy("EE", moe=EXPERTS), MeshConfig(dp_shard=2, ep=2), ContextConfig()),
+    "ep x tp": (toy("E", moe=EXPERTS), MeshConfig(dp_shard=2, tp=2, ep=2), ContextConfig()),
     "tp x cp": (toy("M*", mamba=GROUPS), MeshConfig(dp_shard=1, cp=2, tp=2), ContextConfig(attention="gather")),
 }
 
@@ -84,7 +91,7 @@ CASES = {
 def test_counts_and_bytes_equal_the_formulas(name: str) -> None:
     config, mesh, context = CASES[name]
     expected = forward_volume(config, mesh, context, 2 * SEQ_LEN)
-    for calls, sizes in run_ranks(mesh.cp * mesh.tp, forward_counts, config, mesh, context):
+    for calls, sizes in run_ranks(mesh.n_processes, forward_counts, config, mesh, context):
         names = ("all_gather", "reduce_scatter", "all_to_all", "all_reduce")
         assert {n: (calls[n], sizes[n]) for n in names} == {n: (expected.calls[n], expected.bytes[n]) for n in names}
 

@@ -8,12 +8,16 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from polylepis.checkpoints.sharded import model_tensors
 from polylepis.parallel.engines.fsdp import build_model
+from polylepis.parallel.errors import PlanError
 from polylepis.parallel.kinds.moe import MoE, MoEConfig
+from polylepis.parallel.kinds.moe_router import join, within_capacity
 from polylepis.parallel.layout import Layout
 from polylepis.parallel.mesh import MeshConfig, build_mesh
 from polylepis.parallel.model import HybridModel
@@ -176,3 +180,126 @@ def test_layer_equals_the_naive_one(name: str) -> None:
                 grad, torch.zeros_like(grad) if reference is None else reference, rtol=1e-9, atol=1e-11
             )
     torch.testing.assert_close(layer.load, counts)
+
+
+REFUSALS: dict[str, tuple[dict[str, Any], str]] = {
+    "top-k": ({"top_k": 9}, r"top_k 9 must lie between 1 and n_experts 8"),
+    "partition sum": (
+        {"partition": {"text": 4, "image": 1, "voice": 1, "shared": 1}},
+        r"sums to 7, not to n_experts 8",
+    ),
+    "partition names": (
+        {"partition": {"text": 4, "picture": 4}},
+        r"names \['picture', 'text'\].*\['text', 'image', 'voice'\]",
+    ),
+    "top-k above a partition": (
+        {"partition": {"text": 4, "image": 1, "voice": 2, "shared": 1}},
+        r"image has 1 experts of its own and 1 common ones, fewer than top_k 3",
+    ),
+    "uneven groups": ({"n_groups": 3, "top_groups": 2}, r"8 experts do not divide into n_groups 3"),
+    "groups of one": ({"n_groups": 8, "top_groups": 4}, r"leaves 1 expert in a group.*n_groups may be 4 at most"),
+    "too few groups": ({"n_groups": 4, "top_groups": 1}, r"top_groups 1 of 2 experts each must hold top_k 3"),
+    "groups across a partition": (
+        {"n_groups": 2, "top_groups": 1, "partition": {"text": 4, "image": 1, "voice": 0, "shared": 3}},
+        r"image 1, shared 3 not divisible by the 4 experts of a group",
+    ),
+    "more groups than open": (
+        {"n_groups": 4, "top_groups": 3, "partition": {"text": 2, "image": 2, "voice": 2, "shared": 2}},
+        r"no more than the 2 groups that a token may choose from",
+    ),
+    "negative": ({"z_loss": -0.1}, r"model.moe.z_loss: -0.1 must not be negative"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSALS)
+def test_refusals(name: str) -> None:
+    changes, message = REFUSALS[name]
+    with pytest.raises(PlanError, match=message):
+        toy("E", moe=dataclasses.replace(BASE, **changes)).check(1)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    cells=st.lists(st.tuples(st.integers(0, 1), st.booleans()), min_size=1, max_size=24),
+    seed=st.integers(0, 999),
+    limit=st.integers(0, 4),
+)
+def test_capacity_takes_the_best_and_no_more(cells: list[tuple[int, bool]], seed: int, limit: int) -> None:
+    """Per row and expert: at most the limit, all of them if fewer want it, never a worse one before a better one."""
+    generator = torch.Generator().manual_seed(seed)
+    rows, real = torch.tensor([r for r, _ in cells]), torch.tensor([float(x) for _, x in cells])
+    chosen = torch.rand(len(cells), 3, generator=generator).argsort(dim=1)[:, :2]
+    scores = torch.randint(0, 4, chosen.shape, generator=generator).double()  # many ties
+    limits = torch.full((2, 3), limit)
+    taken = within_capacity(chosen, scores, rows, real, limits)
+    assert not bool(taken[real == 0].any())
+    for row in range(2):
+        for expert in range(3):
+            wants = [
+                (t, k)
+                for t in range(len(cells))
+                for k in range(2)
+                if cells[t] == (row, True) and chosen[t, k] == expert
+            ]
+            got = [place for place in wants if taken[place]]
+            assert len(got) == min(limit, len(wants))
+            ranked = sorted(wants, key=lambda place: (-float(scores[place]), place))
+            assert sorted(got) == sorted(ranked[: len(got)])
+
+
+def test_a_term_joins_whatever_loss_follows() -> None:
+    """Without a way to the last stage, and once: the callback runs in the backward, not in the forward."""
+    x, w = torch.tensor([2.0, 3.0], requires_grad=True), torch.tensor(5.0, requires_grad=True)
+    calls: list[int] = []
+    y = join(x * w, w**2, 0.25, lambda: calls.append(1))
+    assert calls == [] and torch.equal(y.detach(), torch.tensor([10.0, 15.0]))
+    y.sum().backward()
+    assert calls == [1]
+    assert float(w.grad) == 5.0 + 0.25 * 10.0  # type: ignore[arg-type]
+
+
+def flips(margin: float, moved: float) -> int:
+    """Tokens whose replayed choice does not follow from scores within the margin, after moving a bias by `moved`."""
+    model = one_layer(BASE)
+    layer, batch = model.layers["0"].mixer, toy_batch(DOCUMENTS, LENGTH)
+    assert isinstance(layer, MoE)
+    layout = Layout.from_batch(batch, 3, torch.device("cpu"), W)
+    h = torch.randn(2 * LENGTH, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    model.unshard()
+    model.layers["0"].unshard()
+    layer(h, layout)
+    assert layer.chosen is not None
+    layer.replay, layer.replay_margin = layer.chosen, margin
+    layer.selection_bias[0] += moved
+    layer(h, layout)
+    return layer.flips
+
+
+def test_choice_flips_outside_the_margin_are_counted() -> None:
+    """As `verify` counts them: near-ties are forgiven, other choices are not."""
+    assert flips(0.0, 0.0) == 0
+    assert flips(0.0, 0.2) > 0
+    assert flips(0.11, 0.2) == 0  # each side may move by the margin
+
+
+def bfloat16_router() -> tuple[str, str]:
+    """The dtypes in which router and experts see their weights, in a layer that computes in bfloat16."""
+    model = build_model(toy("E", moe=BASE), build_mesh(MeshConfig(), "cpu"), compute_dtype=torch.bfloat16)
+    seen: dict[str, str] = {}
+
+    def watch(name: str) -> None:
+        def hook(module: Any, inputs: Any, output: Any) -> None:
+            seen[name] = str(module.weight.dtype)
+
+        model.layers["0"].mixer.get_submodule(name).register_forward_hook(hook)
+
+    watch("router")
+    watch("up_proj")
+    batch = toy_batch(DOCUMENTS, LENGTH)
+    layout = Layout.from_batch(batch, 3, torch.device("cpu"), W)
+    model(batch["tokens"].reshape(-1), layout, batch["labels"].reshape(-1)).sum().backward()
+    return seen["router"], seen["up_proj"]
+
+
+def test_the_router_is_never_rounded() -> None:
+    assert bfloat16_router() == ("torch.float32", "torch.bfloat16")
