@@ -75,8 +75,9 @@ def paint(axes: Axes, timeline: Timeline, title: str, legend: bool = True) -> No
     if legend:
         used = sorted({span.op.kind for span in timeline.spans}, key="FBIW".index)
         patches = [Patch(color=COLOURS[kind], label=NAMES[kind]) for kind in used]
-        place = {"loc": "lower right", "bbox_to_anchor": (1, 1)}
-        axes.legend(handles=patches, ncols=len(used), fontsize=7, frameon=False, **place)
+        axes.legend(
+            handles=patches, ncols=len(used), fontsize=7, frameon=False, loc="lower right", bbox_to_anchor=(1, 1)
+        )
 
 
 def page(timeline: Timeline, title: str) -> str:
