@@ -24,7 +24,14 @@ from ..parallel.model import HybridModel
 from .errors import CheckpointError
 from .host import HostCopy, Snapshot
 from .local import LocalTier, fill
-from .manifest import bring_back, clear_leftovers, newest_checkpoint, read_manifest, step_of
+from .manifest import (
+    bring_back,
+    clear_leftovers,
+    complete_checkpoints,
+    newest_checkpoint,
+    read_manifest,
+    step_of,
+)
 from .rules import RANDOM, KeepRules
 from .saving import together, write_checkpoint
 from .sharded import load_checkpoint, random_tensors
@@ -284,6 +291,23 @@ class Keeper:
         """Return when nothing is being written any more."""
         self._settle("durable", self._durable, None)
         self._settle("local", self._local, None)
+
+    def set_aside(self, step: int) -> list[str]:
+        """Make sure that nothing resumes from a state after `step` steps: the run has rolled back behind it.
+
+        Durable checkpoints are renamed, not removed; local parts go.
+
+        Returns:
+            Names of the checkpoints, on rank 0.
+        """
+        self.wait()
+        if self._tier is not None:
+            self._tier.forget_after(step)
+        spoilt = [path for path in complete_checkpoints(self.folder) if step_of(path) > step] if self._first else []
+        for path in spoilt:
+            others = len(list(path.parent.glob(f".set-aside-{path.name}*")))  # of earlier rollbacks
+            path.rename(path.with_name(f".set-aside-{path.name}" + (f"-{others}" if others else "")))
+        return [path.name for path in spoilt]
 
     @property
     def writing(self) -> bool:

@@ -24,6 +24,8 @@ ROOMS = {
         "Run a plan without GPUs: full size on paper, small for real.",
     ),
     "verify": ("polylepis.pretrain.commands", "verify", "Prove that a parallel plan equals one process, on the CPU."),
+    "report": ("polylepis.pretrain.commands", "report", "Write one self-contained HTML page about a run."),
+    "profile": ("polylepis.pretrain.commands", "profile", "Open a profiler window on a running job."),
     "checkpoint": ("polylepis.checkpoints.commands", "checkpoint", "Inspect, verify, compare and prune checkpoints."),
     "bench": ("polylepis.pretrain.plan.commands", "bench", "Measure this machine: layers."),
     "launch": ("polylepis.launch.commands", "launch", "Write job scripts (torchrun, SLURM), submit, watch, stop."),

@@ -1,4 +1,4 @@
-"""The commands of this room: train, evaluate, generate, recipes."""
+"""The commands of this room: train, evaluate, generate, verify, report, profile, recipes."""
 
 from __future__ import annotations
 
@@ -103,6 +103,29 @@ def verify(config: str, overrides: tuple[str, ...]) -> None:
     click.echo(certificate(plan, lines))
     if not all(line.passed for line in lines):
         raise SystemExit(1)
+
+
+@click.command()
+@click.argument("run", type=click.Path(path_type=Path))
+def report(run: Path) -> None:
+    """Write report.html into RUN: plots, lost time, plan against measurement, events, environment, in one file."""
+    from .report.page import write_report
+
+    click.echo(write_report(run))
+
+
+@click.command()
+@click.argument("run", type=click.Path(path_type=Path))
+@click.option("--steps", default=3, show_default=True, help="How many of the next steps to profile.")
+@click.option("--all-ranks", is_flag=True, help="Every rank writes a trace, not only rank 0.")
+def profile(run: Path, steps: int, all_ranks: bool) -> None:
+    """Open a torch-profiler window on the job that is training RUN; traces go to RUN/profile/.
+
+    The job sees the request within a step and need not be restarted. Open the traces in ui.perfetto.dev.
+    """
+    from .meter.window import ask
+
+    click.echo(f"{ask(run, steps, all_ranks)}: waiting for the job's next step", err=True)
 
 
 @click.group()

@@ -29,3 +29,12 @@ class StoppedError(RuntimeError):
     def __init__(self, module: str, number: int) -> None:
         super().__init__(f"{module}: stopped by {signal.Signals(number).name}")
         self.exit_code = 128 + number
+
+
+class HealthError(RuntimeError):
+    """A guard stopped the run, on all ranks at the same step; says which and what to look at."""
+
+    exit_code = 4
+
+
+HANG_EXIT = 75  # EX_TEMPFAIL: the process was ended by its own watchdog; starting it again may help
