@@ -150,7 +150,7 @@ class Health:
             try:
                 check_routers(self.engine, norm)
             except RouterError as error:
-                what += f"; {error}"
+                details["router"] = str(error)
             findings = nonfinite.blame(self.engine, data.micro_batches, data.total_weight, own_sums)
             what += f"; {nonfinite.explain(findings)}"
             details["ranks"] = [vars(finding) for finding in findings if finding.origin or finding.n_parameters]
