@@ -22,6 +22,7 @@ def train(config: str, overrides: tuple[str, ...], shrink: bool, dry_run: bool) 
     checkpoint. On several machines start the worker itself: torchrun … -m polylepis.pretrain.train CONFIG.
     """
     from .claim import check_free
+    from .errors import StoppedError
     from .preempt import clear_requests, read_outcome
     from .prepare import check_all, n_processes
     from .shrink import shrink as shrunk
@@ -41,11 +42,15 @@ def train(config: str, overrides: tuple[str, ...], shrink: bool, dry_run: bool) 
     clear_requests(resolved.path)
     requested = resolved.path / ".requested.yaml"
     requested.write_text(to_yaml(resolved))
-    run_workers(world_size, [str(requested)])
+    code = 1
+    try:
+        run_workers(world_size, [str(requested)])
+    except StoppedError as stopped:
+        code = stopped.exit_code
     outcome = read_outcome(resolved.path)
     if outcome is None or not outcome.startswith("done"):
         click.echo(f"{resolved.name}: {outcome or 'ended before it could save'}; the same command resumes it", err=True)
-        raise SystemExit(1)
+        raise SystemExit(code)
     click.echo(f"{resolved.name}: trained to step {resolved.train.steps}; see {resolved.folder}", err=True)
 
 

@@ -167,7 +167,7 @@ def sharded(run: str, config: ModelConfig, mesh: MeshConfig) -> None:
     ],
     ids=["nemotron_h tp2", "polylepis fsdp2", "mamba2 fsdp2", "granite tp2"],
 )
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.full)])
 def test_import_shard_export_is_the_same_bits(
     config: ModelConfig, mesh: MeshConfig, dtype: str, tmp_path: Path
 ) -> None:
