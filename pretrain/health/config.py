@@ -16,8 +16,8 @@ class HealthConfig:
 
     Attributes:
         hang: watchdog; acts by ending the process, so that the launcher restarts the run.
-        hang_seconds: so long in one phase of one step is a hang. Keep it below `train.timeout`, which ends the
-            process without saying where it was.
+        hang_seconds: so long in one phase of one step is a hang, if it is also three times what that phase took in the
+            step before. Keep it below `train.timeout`, which ends the process without saying where it was.
         slow_seconds: the same for starting (the first step compiles kernels) and for saving and loading.
         nan: a gradient norm that is not finite; acts by leaving the step out.
         nan_limit: so many such steps in a row stop the run.

@@ -147,11 +147,12 @@ class Health:
         what = f"loss {loss:.4g}, gradient norm {norm:.4g}"
         details: dict[str, Any] = {"position": step - 1, "digest": data.doc_digest, "streak": self._bad_streak}
         if acts:  # the gradients are not needed any more, so the step can be repeated to see who it was
+            bad = nonfinite.bad_parameters(self.engine.models)
             try:
                 check_routers(self.engine, norm)
             except RouterError as error:
-                what += f"; {error}"
-            findings = nonfinite.blame(self.engine, data.micro_batches, data.total_weight, own_sums)
+                details["router"] = str(error)
+            findings = nonfinite.blame(self.engine, data.micro_batches, data.total_weight, own_sums, bad)
             what += f"; {nonfinite.explain(findings)}"
             details["ranks"] = [vars(finding) for finding in findings if finding.origin or finding.n_parameters]
             self.ledger.add([Entry(step - 1, "nan", data.doc_digest, step)])

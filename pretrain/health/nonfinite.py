@@ -105,13 +105,15 @@ def _finite(value: Tensor) -> bool:
     return not value.is_floating_point() or bool(torch.isfinite(value).all())
 
 
-def blame(engine: Engine, batches: Sequence[Batch], total_weight: float, own_sums: Tensor) -> list[Finding]:
+def blame(
+    engine: Engine, batches: Sequence[Batch], total_weight: float, own_sums: Tensor, bad: Sequence[str]
+) -> list[Finding]:
     """Every rank's finding, in rank order. All ranks call it; gradients are discarded.
 
     Args:
         own_sums: what `engine.accumulate` returned on this rank, before it was reduced.
+        bad: `bad_parameters` of this rank.
     """
-    bad = bad_parameters(engine.models)
     loss = not _finite(own_sums)
     engine.discard()
     witness = _Witness(engine.models)
@@ -122,7 +124,7 @@ def blame(engine: Engine, batches: Sequence[Batch], total_weight: float, own_sum
         witness.close()
         engine.discard()
     again = norm != norm or norm in (float("inf"), float("-inf"))
-    mine = Finding(dist.get_rank(), loss, bad[:10], len(bad), again, witness.forward, witness.backward)
+    mine = Finding(dist.get_rank(), loss, list(bad[:10]), len(bad), again, witness.forward, witness.backward)
     everyone: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, asdict(mine))
     return [Finding(**values) for values in everyone]

@@ -24,6 +24,7 @@ from .events import FOLDER, Events, write_aside
 from .recorder import collectives
 
 SLOW_PHASES = ("start", "checkpoint", "snapshot")
+PATIENCE = 3  # times what a phase took the last time is no hang yet: a step may be longer than `hang_seconds`
 
 
 class Watchdog(threading.Thread):
@@ -70,6 +71,7 @@ class Watchdog(threading.Thread):
                 self._first_step = beat.step
             slow = beat.phase in SLOW_PHASES or beat.step in (0, self._first_step)
             limit = max(self.config.slow_seconds, self.config.hang_seconds) if slow else self.config.hang_seconds
+            limit = max(limit, PATIENCE * self.pulse.last.get(beat.phase, 0.0))
             if time.monotonic() - beat.since > limit and beat.count != self._told:
                 self._told = beat.count
                 self.report()

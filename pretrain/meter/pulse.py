@@ -31,12 +31,14 @@ class Pulse:
 
     def __init__(self) -> None:
         self.beat = Beat(0, "start", time.monotonic(), 0)
+        self.last: dict[str, float] = {}  # seconds of the newest phase of each kind that has ended
         self._seconds: dict[str, float] = {}
 
     def enter(self, phase: str, step: int | None = None) -> None:
         """The loop is now in `phase` (of `step`, where a new one begins)."""
         now, old = time.monotonic(), self.beat
         self._seconds[old.phase] = self._seconds.get(old.phase, 0.0) + now - old.since
+        self.last[old.phase] = now - old.since
         self.beat = Beat(old.step if step is None else step, phase, now, old.count + 1)
 
     def take(self) -> dict[str, float]:

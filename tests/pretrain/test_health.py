@@ -359,15 +359,17 @@ def test_the_watchdog_waits_longer_where_that_is_normal(tmp_path: Path) -> None:
 
     wait("compute", 1, 0.6)  # compiling
     wait("checkpoint", 2, 0.6)
-    for _ in range(4):
-        wait("compute", 2, 0.15)
+    for _ in range(3):
+        wait("compute", 2, 0.25)
     assert ended == [] and read_events(tmp_path) == []
-    wait("compute", 3, 1.2)
+    wait("compute", 3, 0.6)
+    assert ended == [], "three times the last phase's time is no hang yet"
+    wait("compute", 4, 6.0)
     assert ended == [HANG_EXIT]
     (event,) = read_events(tmp_path)
-    assert event["step"] == 3 and "no progress" in event["message"]
+    assert event["step"] == 4 and "no progress" in event["message"]
     dog.close()
-    assert "test_the_watchdog_waits" in (tmp_path / "health/hangs/step-00000003-rank-00000.txt").read_text()
+    assert "test_the_watchdog_waits" in (tmp_path / "health/hangs/step-00000004-rank-00000.txt").read_text()
 
 
 # ---------------------------------------------------------------- memory, disks, mistakes

@@ -46,7 +46,7 @@ def norms_of_a_step(config: RunConfig, folder: Path) -> tuple[dict[str, float], 
     travelling = meter.reduce(sums)
     whole = torch.tensor(engine.gradient_norm())
     totals = meter.read(travelling)
-    gradients = whole_tensors(engine.models[0], gradient=True)
+    gradients = whole_tensors(engine.models, gradient=True)
     expected = {
         m: float(torch.stack([g.norm() for name, g in gradients.items() if name.endswith(f".{m}")]).norm())
         for m in config.model.modalities
