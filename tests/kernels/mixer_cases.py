@@ -21,7 +21,6 @@ LAYOUTS = {
     "only padding": packed((-1, 20)),
     "mixed rows": torch.cat([packed((0, 15), (1, 18)), packed((-1, 2), (5, 1), (6, 30))]),
 }
-LAYOUTS["boundaries and start"] = LAYOUTS["mixed rows"][1:]
 
 
 def draw(
