@@ -27,7 +27,7 @@ ROOMS = {
     "report": ("polylepis.pretrain.commands", "report", "Write one self-contained HTML page about a run."),
     "profile": ("polylepis.pretrain.commands", "profile", "Open a profiler window on a running job."),
     "checkpoint": ("polylepis.checkpoints.commands", "checkpoint", "Inspect, verify, compare and prune checkpoints."),
-    "bench": ("polylepis.pretrain.plan.commands", "bench", "Measure this machine: layers."),
+    "bench": ("polylepis.pretrain.plan.commands", "bench", "Measure this machine: layers; tune its kernels."),
     "launch": ("polylepis.launch.commands", "launch", "Write job scripts (torchrun, SLURM), submit, watch, stop."),
     "doctor": ("polylepis.launch.commands", "doctor", "Are these machines fit to train? Each alone, then together."),
     "recipes": ("polylepis.pretrain.commands", "recipes", "List and show the recipes of the package."),
