@@ -11,6 +11,7 @@ import torch.distributed as dist
 from ..checkpoints.manifest import newest_checkpoint, step_of
 from ..data import mock
 from ..data.dataset import Dataset
+from ..data.deal import Deal
 from ..data.stream import Stream
 from ..parallel.context import cut_tokens
 from ..parallel.pipeline.config import check_split_backward, cut_stages
@@ -101,15 +102,17 @@ def open_data(config: RunConfig) -> Dataset | mock.MockDataset:
     return dataset
 
 
-def open_stream(config: RunConfig, dataset: Dataset | mock.MockDataset, dp_rank: int, dp_size: int) -> Stream:
-    """The stream of this rank; called on every rank.
+def open_stream(
+    config: RunConfig, dataset: Dataset | mock.MockDataset, dp_rank: int, dp_size: int, deal: Deal | None = None
+) -> Stream:
+    """The stream of this rank; called on every rank. `deal` as in `Stream`.
 
     All ranks agree on quarantined samples. One rank of each data-parallel coordinate reads, and sends to its
     model-parallel peers through host memory: a GPU has no part in it.
     """
     world = dist.get_world_size()
     if world == 1:
-        return Stream(dataset, config.data, dp_rank=0, dp_size=1)
+        return Stream(dataset, config.data, dp_rank=0, dp_size=1, deal=deal)
     coordinates: list[int] = [0] * world
     dist.all_gather_object(coordinates, dp_rank)
     peers = [rank for rank, coordinate in enumerate(coordinates) if coordinate == dp_rank]
@@ -117,7 +120,8 @@ def open_stream(config: RunConfig, dataset: Dataset | mock.MockDataset, dp_rank:
     timeout = timedelta(seconds=config.train.timeout)
     alone = len(peers) == 1
     group = None if alone else dist.new_group(peers, timeout, "gloo", use_local_synchronization=True)
-    return Stream(dataset, config.data, dp_rank=dp_rank, dp_size=dp_size, group=dist.group.WORLD, model_group=group)
+    groups = {"group": dist.group.WORLD, "model_group": group}
+    return Stream(dataset, config.data, dp_rank=dp_rank, dp_size=dp_size, deal=deal, **groups)
 
 
 def check_all(config: RunConfig, world_size: int) -> None:

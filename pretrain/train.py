@@ -32,6 +32,7 @@ from .experts import check_routers, finish_experts
 from .meter.tracker import Tracker, plot_losses
 from .objectives.next_token import next_token
 from .optim import build_optimizer
+from .plan.assign import run_deal
 from .plan.measure import predicted_step
 from .preempt import Preemption, die_with_parent, write_outcome
 from .prepare import check_run, open_data, open_stream, prepare_folder, stages_of
@@ -45,7 +46,7 @@ def train(config: RunConfig) -> None:
         preload()
     check_run(config, dist.get_world_size())
     dataset = open_data(config)
-    stream = open_stream(config, dataset, mesh.dp_rank, mesh.dp_size)
+    stream = open_stream(config, dataset, mesh.dp_rank, mesh.dp_size, run_deal(config, dist.get_world_size()))
     engine = build_engine(config, mesh)
 
     first = 0
@@ -70,7 +71,7 @@ def train(config: RunConfig) -> None:
             with located(step + 1):
                 started = time.perf_counter()
                 data = stream.next()
-                check_agreement(step + 1, data.doc_digest, preemption)
+                check_agreement(step + 1, data.agreed, preemption)
                 waited = time.perf_counter() - started
 
                 sums = engine.accumulate(data.micro_batches, data.total_weight)
@@ -146,9 +147,9 @@ def located(step: int) -> Iterator[None]:
 
 
 def check_agreement(step: int, digest: str, preemption: Preemption) -> None:
-    """All ranks must be about to train on the same global batch at the same step; one 24-byte all-gather tells.
+    """All ranks must be about to train on the same global batch, dealt out alike, at the same step.
 
-    It also tells all ranks whether any of them has been asked to save and stop.
+    One 24-byte all-gather tells; also whether any rank has been asked to save and stop.
 
     Raises:
         DivergenceError: on every rank; names those that are not with the majority.
@@ -189,7 +190,7 @@ def step_metrics(
             metrics[f"loss/{modality}"] = total / targets
     weighted = [(total, data.target_tokens.get(m, 0)) for m, total in zip(config.model.modalities, sums, strict=True)]
     metrics["loss"] = sum(total for total, _ in weighted) / max(1, sum(count for _, count in weighted))
-    metrics |= {f"tokens/{modality}": count for modality, count in data.tokens.items()}
+    metrics |= {f"tokens/{modality}": count for modality, count in data.tokens.items()} | data.dealt
     return metrics | {"tokens_per_second": tokens / seconds, "step_seconds": seconds, "data_wait_seconds": waited}
 
 

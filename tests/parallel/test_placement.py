@@ -91,10 +91,12 @@ def zipf(n: int, exponent: float, seed: int) -> list[float]:
     return loads
 
 
-@pytest.mark.parametrize(("exponent", "dealt", "moved", "replicated"), [(0.5, 1.34, 1.06, 1.001), (1.0, 2.3, 1.66, 1.001)])
+@pytest.mark.parametrize(
+    ("exponent", "dealt", "moved", "replicated"), [(0.5, 1.34, 1.06, 1.001), (1.0, 2.3, 1.66, 1.001)]
+)
 def test_zipf_loads(exponent: float, dealt: float, moved: float, replicated: float) -> None:
-    """128 experts over 8 ranks, mean of ten shufflings: the busiest rank over the mean, round-robin, placed, placed with
-    32 replicas."""
+    """128 experts over 8 ranks, mean of ten shufflings: busiest rank over mean, round-robin, placed, and with 32
+    replicas. Measured: 1.346, 1.052, 1.0002 for exponent 0.5; 2.310, 1.655, 1.0003 for 1."""
     found = []
     for seed in range(10):
         loads = zipf(128, exponent, seed)
