@@ -164,7 +164,7 @@ def test_training_is_the_same(tmp_path: Path) -> None:
     assert ends[0].keys() == ends[1].keys() and all(torch.equal(ends[0][k], ends[1][k]) for k in ends[0])
 
 
-def test_toys_have_experts() -> None:
+def test_expert_layers_add_up() -> None:
     """`pack_costs` of a model with two expert layers adds up both."""
     config = replace(
         recipe("hybrid-moe-30b-a3b", 1024),
