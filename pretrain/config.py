@@ -76,6 +76,10 @@ class TrainConfig:
         """Of forward and backward."""
         return torch.bfloat16 if self.precision == "bfloat16" else torch.float32
 
+    def places_after(self, step: int) -> bool:
+        """Whether experts are placed anew after this many steps."""
+        return self.placement == "load" and step % self.checkpoint_every == 0
+
     def keep_rules(self) -> KeepRules:
         """What of it the checkpoints room wants to know.
 

@@ -28,7 +28,7 @@ from ..parallel.mesh import Mesh, build_mesh
 from .claim import claim_folder
 from .config import RunConfig, load_config
 from .errors import DivergenceError
-from .experts import check_routers, finish_experts
+from .experts import check_routers, finish_experts, place_by_load
 from .meter.tracker import Tracker, plot_losses
 from .objectives.next_token import next_token
 from .optim import build_optimizer
@@ -58,6 +58,8 @@ def train(config: RunConfig) -> None:
     if resumed is not None:
         stream.load_state_dict(resumed["data"])
         first = resumed["step"]
+        if config.train.places_after(first):
+            place_by_load(engine)
 
     predicted = predicted_step(config, dist.get_world_size()) if dist.get_rank() == 0 else {}
     claim = claim_folder(config.path) if dist.get_rank() == 0 else contextlib.nullcontext()
@@ -91,6 +93,8 @@ def train(config: RunConfig) -> None:
                     tracker.log(metrics | experts | keeper.times() | predicted)
                 last = preemption.ends_after(step + 1)
                 keeper.after_step(step + 1, stream.state_dict, last=last)
+                if config.train.places_after(step + 1):
+                    place_by_load(engine)
             if last:
                 break
 
