@@ -49,8 +49,8 @@ def powers(limit: int) -> list[int]:
 def candidates(config: RunConfig, gpus: int, per_node: int) -> Iterator[RunConfig]:
     """Every combination worth a look: axes in powers of two (and what is left for dp), tp inside a node.
 
-    Parameters are sharded over all of dp, or over one node's share of it, replicated beyond. Experts lie on as many
-    ranks as the configuration says, and on powers of two that divide them.
+    Parameters are sharded over all of dp, or over one node's share of it, replicated beyond. Experts lie on one
+    rank, on as many as the configuration says, or on as many of a node as divides them.
     """
     layers, rows = len(config.model.symbols), config.data.global_batch
     for tp, cp, pp in product(powers(min(per_node, gpus)), powers(min(64, gpus)), powers(min(layers, gpus))):
@@ -62,7 +62,7 @@ def candidates(config: RunConfig, gpus: int, per_node: int) -> Iterator[RunConfi
         shards = {dp, min(dp, max(1, per_node // tp))}
         per_rank = rows // dp
         micros = [m for m in powers(min(16, per_rank)) if per_rank % m == 0]
-        for shard, micro, ep in product(sorted(shards), micros, expert_ranks(config)):
+        for shard, micro, ep in product(sorted(shards), micros, expert_ranks(config, per_node)):
             if dp % shard or shard * cp % ep:
                 continue
             mesh = MeshConfig(dp // shard, shard, cp, tp, pp, ep)
@@ -72,15 +72,11 @@ def candidates(config: RunConfig, gpus: int, per_node: int) -> Iterator[RunConfi
                 yield replace(config, mesh=mesh, pipeline=pipeline, data=data)
 
 
-def expert_ranks(config: RunConfig) -> list[int]:
-    """The numbers of ep ranks to look at: 1 alone without expert layers."""
-    counts = [
-        layer.n_experts
-        for _, layer in map(config.model.layer, range(len(config.model.symbols)))
-        if isinstance(layer, MoEConfig)
-    ]
-    common = math.gcd(*counts) if counts else 1
-    return sorted({*(n for n in powers(min(64, common)) if common % n == 0), *([config.mesh.ep] if counts else [])})
+def expert_ranks(config: RunConfig, per_node: int) -> list[int]:
+    """The numbers of ep ranks to look at: 1, and with expert layers what is configured and what fits a node."""
+    layers = (config.model.layer(index)[1] for index in range(len(config.model.symbols)))
+    counts = [layer.n_experts for layer in layers if isinstance(layer, MoEConfig)]
+    return sorted({1, config.mesh.ep, math.gcd(*counts, per_node)}) if counts else [1]
 
 
 def search(
