@@ -17,6 +17,7 @@ import torch.distributed as dist
 
 from .batch import Batch, Slots, collate, mask, micro_batches, weight_vector
 from .dataset import Dataset
+from .deal import Deal, Dealt, PackFacts, check_dealt, check_divides, dealt_digest
 from .errors import DataError
 from .latents import most_in_a_row, slot_table
 from .mixing import Mix, Source, Stage
@@ -112,6 +113,8 @@ class Step:
         attended: pairs of a token and itself or an earlier one of its document, Σ n(n+1)/2 over the global batch.
         latents: continuous latents of the global batch by modality, for the modalities that are continuous.
         latent_weight: sum of their planned weights, the denominator of a loss on them.
+        agreed: what all ranks must have in common: `doc_digest`, or a hash of it and of how packs are dealt out.
+        dealt: what the function that deals packs out says of it, for the metrics.
     """
 
     index: int
@@ -127,6 +130,8 @@ class Step:
     attended: int = 0
     latents: dict[str, int] = field(default_factory=dict)
     latent_weight: float = 0.0
+    agreed: str = ""
+    dealt: dict[str, float] = field(default_factory=dict)
 
 
 class Stream:
@@ -142,6 +147,8 @@ class Stream:
             other of bad samples. Without one, several ranks stop at the first bad sample.
         model_group: the processes of this data-parallel coordinate; its first rank reads and sends to the others.
             Without one every rank reads for itself, with the same result.
+        deal: deals the packs of a step out to ranks and micro-batches: a pure function, the same on all ranks. The
+            global batch and the state are those without it. None keeps the packs in their order.
 
     Raises:
         DataError: before anything is read, when global_batch is no multiple of dp_size * micro_batch, documents do not
@@ -159,12 +166,13 @@ class Stream:
         state: Mapping[str, Any] | None = None,
         group: dist.ProcessGroup | None = None,
         model_group: dist.ProcessGroup | None = None,
+        deal: Deal | None = None,
     ) -> None:
         if not 0 <= dp_rank < dp_size:
             raise DataError(f"dp_rank must lie in 0..{dp_size - 1}, got {dp_rank}")
-        check_divides(config, dp_size)
+        check_divides(config.global_batch, config.micro_batch, dp_size)
         self.dataset, self.config, self.group, self.model_group = dataset, config, group, model_group
-        self.dp_rank, self.dp_size = dp_rank, dp_size
+        self.dp_rank, self.dp_size, self._deal = dp_rank, dp_size, deal
         self._modalities = dataset.vocabulary.modalities
         self._weights = weight_vector(self._modalities, config.modality_weights)
         self._sources = open_sources(dataset, config)
@@ -257,13 +265,14 @@ class Stream:
         targets -= latents
         by_source = np.zeros(len(self._splits), dtype=np.int64)
         np.add.at(by_source, [pack.source for pack in plan.packs], counts.sum(axis=1))
+        dealt, batch_digest = self._dealt(plan), digest("", plan.packs)
         step = Step(
             index=self._step,
             micro_batches=micro_batches(found.rows, self.config.micro_batch),
             total_weight=float((targets * self._weights.astype(np.float64)).sum()),
             target_tokens=self._named(targets),
             tokens=self._named(per_modality),
-            doc_digest=digest("", plan.packs),
+            doc_digest=batch_digest,
             epoch=plan.epoch,
             source_tokens=dict(zip(self.planner.mix.names, by_source.tolist(), strict=True)),
             stage=self.planner.mix.stage(plan.before.draws),
@@ -271,6 +280,8 @@ class Stream:
             attended=sum(self._attended(pack) for pack in plan.packs),
             latents={m: n for m, n in self._named(latents).items() if m in self._continuous},
             latent_weight=float((latents * self._weights.astype(np.float64)).sum()),
+            agreed=batch_digest if dealt is None else dealt_digest(batch_digest, dealt.order),
+            dealt={} if dealt is None else dealt.facts,
         )
         self._position, self._ledger = plan.after, ledger
         self._step += 1
@@ -375,9 +386,20 @@ class Stream:
 
     def _cut(self, plan: StepPlan) -> Order:
         """This rank's slice of a step."""
-        share = len(plan.packs) // self.dp_size
-        mine = plan.packs[self.dp_rank * share : (self.dp_rank + 1) * share]
+        share, dealt = len(plan.packs) // self.dp_size, self._dealt(plan)
+        packs = plan.packs if dealt is None else [plan.packs[number] for number in dealt.order]
+        mine = packs[self.dp_rank * share : (self.dp_rank + 1) * share]
         return Order([(pack.source, pack.samples.tolist()) for pack in mine], plan.most)
+
+    def _dealt(self, plan: StepPlan) -> Dealt | None:
+        """How a step's packs are dealt out; the same whenever and wherever it is asked for."""
+        if self._deal is None:
+            return None
+        lengths = [self._splits[pack.source].lengths[pack.samples] for pack in plan.packs]
+        facts = [PackFacts(n, self._counts(pack)) for n, pack in zip(lengths, plan.packs, strict=True)]
+        dealt = self._deal(facts)
+        check_dealt(dealt, len(facts))
+        return dealt
 
     def _counts(self, pack: Pack) -> np.ndarray:
         return self._splits[pack.source].modality_lengths[pack.samples].sum(axis=0)
@@ -427,24 +449,6 @@ class Stream:
 
     def _named(self, counts: np.ndarray) -> dict[str, int]:
         return dict(zip(self._modalities, counts.tolist(), strict=True))
-
-
-def check_divides(config: StreamConfig, dp_size: int) -> None:
-    """DataError, with the nearest numbers that work, unless global_batch is a multiple of ranks x micro_batch."""
-    batch, micro, unit = config.global_batch, config.micro_batch, dp_size * config.micro_batch
-    if batch % unit == 0:
-        return
-    below = batch // unit * unit
-    accepted = [f"global_batch {' or '.join(str(n) for n in (below, below + unit) if n)}"]
-    smaller = [m for m in range(1, micro) if batch % (dp_size * m) == 0]
-    accepted += [f"micro_batch {smaller[-1]}"] if smaller else []
-    ranks = [r for r in range(1, batch // micro + 1) if batch % (r * micro) == 0]
-    near = sorted(sorted(ranks, key=lambda r: abs(r - dp_size))[:2])
-    accepted += [f"{' or '.join(map(str, near))} ranks"] if near else []
-    raise DataError(
-        f"global_batch {batch} is no multiple of data-parallel ranks {dp_size} x micro_batch {micro} = {unit}; "
-        f"accepted nearest to it: {', '.join(accepted)}"
-    )
 
 
 Opened = dict[str, tuple[Dataset | MockDataset, str]]

@@ -49,6 +49,11 @@ class TrainConfig:
         local_every: steps between them (0: none).
         device: `auto` takes CUDA where there is one.
         timeout: seconds after which a collective that some rank never joined stops the run.
+        assign: how the packs of a global batch are dealt out to ranks and micro-batches: in their `order`, or by
+            predicted `cost`, so that ranks wait less for each other. The batch is the same.
+        loads: a run folder or checkpoint whose measured expert loads predictions start from; empty takes even ones.
+        placement: which experts lie on which expert-parallel rank: `dealt` out in runs, or by `load`, after every
+            `checkpoint_every` steps anew.
     """
 
     steps: int = 1000
@@ -61,6 +66,9 @@ class TrainConfig:
     local_every: int = 0
     device: Literal["auto", "cpu", "cuda"] = "auto"
     timeout: float = 600.0
+    assign: Literal["order", "cost"] = "order"
+    loads: str = ""
+    placement: Literal["dealt", "load"] = "dealt"
 
     __pydantic_config__ = {"extra": "forbid"}
 
@@ -68,6 +76,10 @@ class TrainConfig:
     def compute_dtype(self) -> torch.dtype:
         """Of forward and backward."""
         return torch.bfloat16 if self.precision == "bfloat16" else torch.float32
+
+    def places_after(self, step: int) -> bool:
+        """Whether experts are placed anew after this many steps."""
+        return self.placement == "load" and step % self.checkpoint_every == 0
 
     def keep_rules(self) -> KeepRules:
         """What of it the checkpoints room wants to know.

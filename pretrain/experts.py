@@ -13,6 +13,8 @@ from ..parallel.engines.base import Engine
 from ..parallel.kinds.moe import MoE, MoEConfig
 from ..parallel.kinds.moe_router import fair_share, open_experts
 from ..parallel.model import Block, ModelConfig
+from ..parallel.placement import busiest, place_experts
+from ..parallel.replace_experts import replace_experts
 from .errors import RouterError
 
 TERMS = ("aux_sequence", "aux_global", "z_loss")
@@ -77,7 +79,8 @@ def finish_experts(engine: Engine) -> dict[str, list[float] | float]:
     Returns:
         `expert_load_cv` and `expert_load_max`, one number per expert layer of the model: the coefficient of variation
         over experts, and the maximum, of load / fair share; the same per modality where there are several; and the mean
-        per token and layer of each balancing term that is in use, without its coefficient.
+        per token and layer of each balancing term that is in use, without its coefficient. Under expert parallelism
+        also `expert_rank_max`, the load of the busiest ep rank over the mean, of the expert layers on this rank.
     """
     model = engine.models[0].config
     configs, own = expert_configs(model), expert_layers(engine)
@@ -100,11 +103,30 @@ def finish_experts(engine: Engine) -> dict[str, list[float] | float]:
         layer.finish_step(loads[index])
     host = {index: load.cpu() for index, load in loads.items()}
     metrics = load_metrics(model, host)
+    if engine.mesh.ep_size > 1:
+        metrics["expert_rank_max"] = [
+            round(busiest(host[i].sum(dim=0).tolist(), layer.slots.tolist(), engine.mesh.ep_size), 4)
+            for i, layer in own.items()
+        ]
     choices = sum(float(load.sum()) / configs[index].top_k for index, load in host.items())
     for name, total in zip(TERMS, packed[:, -len(TERMS) :].sum(dim=0).tolist(), strict=True):
         if any(getattr(config, name) for config in configs.values()):
             metrics[name] = total / max(1.0, choices)
     return metrics
+
+
+def place_by_load(engine: Engine) -> None:
+    """Move the experts of all layers so that the ep ranks would have had even loads in the last step.
+
+    A pure function of `expert_load`, which checkpoints hold: a run that resumes where it was called moves them alike.
+    """
+    assert isinstance(engine.optimizer, torch.optim.Optimizer), "checked before start"
+    placements = {}
+    for index, layer in expert_layers(engine).items():
+        loads = layer.expert_load.sum(dim=0).tolist()
+        if any(loads):
+            placements[index] = place_experts(loads, len(loads), engine.mesh.ep_size)
+    replace_experts(engine.models, engine.optimizer, placements)
 
 
 def load_metrics(model: ModelConfig, loads: dict[int, Tensor]) -> dict[str, list[float] | float]:

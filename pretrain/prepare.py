@@ -6,12 +6,14 @@ import importlib.util
 import os
 from dataclasses import replace
 from datetime import timedelta
+from pathlib import Path
 
 import torch.distributed as dist
 
 from ..checkpoints.manifest import newest_checkpoint, step_of
 from ..data import mock
 from ..data.dataset import Dataset
+from ..data.deal import Deal
 from ..data.stream import Stream
 from ..parallel.context import cut_tokens
 from ..parallel.pipeline.config import check_split_backward, cut_stages
@@ -21,6 +23,7 @@ from ..parallel.pipeline.stage import Stage
 from .claim import check_free
 from .config import CONFIG_FILE, RunConfig, differing_keys, load_config, to_yaml
 from .errors import ConfigError
+from .plan.loads import busiest_ranks, read_loads
 
 # What may change between the runs that share a folder: where and how long it trains, not what is trained on what.
 READING = ("data.micro_batch", "data.workers", "data.prefetch", "data.stall_seconds", "data.path")
@@ -50,6 +53,7 @@ def check_run(config: RunConfig, world_size: int) -> None:
     if config.train.steps < 1:
         raise ConfigError(f"train.steps: must be at least 1, not {config.train.steps}")
     config.train.keep_rules()
+    check_placement(config)
     config.model.check_context(mesh, config.context)
     config.model.check_experts(mesh)
     cut_tokens(config.data.micro_batch * config.data.seq_len, mesh.cp, mesh.tp, config.context.order)
@@ -62,11 +66,43 @@ def check_run(config: RunConfig, world_size: int) -> None:
         config.pipeline.check_micro_batches(rows // config.data.micro_batch, mesh.pp)
 
 
+def check_placement(config: RunConfig) -> None:
+    """Refuse to place experts by load where that cannot be done, and loads that would change while they are used.
+
+    Raises:
+        ConfigError: with what would be accepted.
+    """
+    train = config.train
+    if train.loads and config.path.resolve() in (Path(train.loads).resolve(), *Path(train.loads).resolve().parents):
+        raise ConfigError(
+            f"train.loads: {train.loads} is this run's own folder, whose loads change; accepted: another run, or a "
+            "checkpoint copied elsewhere"
+        )
+    if train.placement == "dealt":
+        return
+    if "E" not in config.model.symbols:
+        raise ConfigError("train.placement: load, but the model has no expert layers; accepted: dealt")
+    if config.engine == "deepspeed":
+        raise ConfigError("train.placement: load needs engine: fsdp2, not deepspeed")
+    if not train.checkpoint_every:
+        raise ConfigError("train.placement: load happens every train.checkpoint_every steps, which is 0")
+    if config.health.spike == "act":
+        raise ConfigError(
+            "train.placement: load does not go with health.spike: act: a state in memory is put back where its experts "
+            "lay when it was taken; accepted: placement dealt, or spike warn"
+        )
+    if train.local_folder:
+        raise ConfigError(
+            "train.placement: load does not go with train.local_folder: local parts name the experts that lay on a "
+            "rank; accepted: placement dealt, or no local_folder"
+        )
+
+
 def stages_of(config: RunConfig, pp: int) -> tuple[Stage, ...]:
     """All pipeline stages of the run, cut by cost where neither pattern nor configuration says where.
 
     Costs are those of an H100, whatever the run's own device: the cut of a configuration is always the same.
-    `polylepis plan` cuts for the device and writes the cuts out.
+    `polylepis plan` cuts for the device and writes the cuts out. Loads of experts are those of `train.loads`.
 
     Raises:
         PlanError: see `cut_stages`.
@@ -74,6 +110,9 @@ def stages_of(config: RunConfig, pp: int) -> tuple[Stage, ...]:
     data, mesh = config.data, replace(config.mesh, dp_shard=1, dp_replicate=1, ep=1)
     itemsize, keys = config.train.compute_dtype.itemsize, (data.seq_len + 1) / 2
     setting = Setting(mesh, data.micro_batch * data.seq_len, keys, itemsize, context=config.context)
+    if config.train.loads:
+        loads, by_load = read_loads(Path(config.train.loads), config.model), config.train.placement == "load"
+        setting = replace(setting, busiest=busiest_ranks(loads, config.mesh.ep, by_load))
     costs = layer_seconds(config.model, setting, Roofline(DEVICES["h100"]))
     return cut_stages(config.model, config.pipeline, pp, costs)
 
@@ -107,15 +146,17 @@ def open_data(config: RunConfig) -> Dataset | mock.MockDataset:
     return dataset
 
 
-def open_stream(config: RunConfig, dataset: Dataset | mock.MockDataset, dp_rank: int, dp_size: int) -> Stream:
-    """The stream of this rank; called on every rank.
+def open_stream(
+    config: RunConfig, dataset: Dataset | mock.MockDataset, dp_rank: int, dp_size: int, deal: Deal | None = None
+) -> Stream:
+    """The stream of this rank; called on every rank. `deal` as in `Stream`.
 
     All ranks agree on quarantined samples. One rank of each data-parallel coordinate reads, and sends to its
     model-parallel peers through host memory: a GPU has no part in it.
     """
     world = dist.get_world_size()
     if world == 1:
-        return Stream(dataset, config.data, dp_rank=0, dp_size=1)
+        return Stream(dataset, config.data, dp_rank=0, dp_size=1, deal=deal)
     coordinates: list[int] = [0] * world
     dist.all_gather_object(coordinates, dp_rank)
     peers = [rank for rank, coordinate in enumerate(coordinates) if coordinate == dp_rank]
@@ -123,7 +164,8 @@ def open_stream(config: RunConfig, dataset: Dataset | mock.MockDataset, dp_rank:
     timeout = timedelta(seconds=config.train.timeout)
     alone = len(peers) == 1
     group = None if alone else dist.new_group(peers, timeout, "gloo", use_local_synchronization=True)
-    return Stream(dataset, config.data, dp_rank=dp_rank, dp_size=dp_size, group=dist.group.WORLD, model_group=group)
+    groups = {"group": dist.group.WORLD, "model_group": group}
+    return Stream(dataset, config.data, dp_rank=dp_rank, dp_size=dp_size, deal=deal, **groups)
 
 
 def check_all(config: RunConfig, world_size: int) -> None:

@@ -29,7 +29,7 @@ from ..parallel.mesh import Mesh, build_mesh
 from .claim import claim_folder
 from .config import RunConfig, load_config
 from .errors import DivergenceError
-from .experts import check_routers, expert_layers, finish_experts
+from .experts import check_routers, expert_layers, finish_experts, place_by_load
 from .health.events import Events
 from .health.expectation import planned_memory
 from .health.guard import Health, Verdict
@@ -41,6 +41,7 @@ from .meter.tracker import Tracker, plot_losses
 from .meter.window import ProfileWindow
 from .objectives.next_token import next_token
 from .optim import build_optimizer
+from .plan.assign import run_deal
 from .plan.measure import predicted_step
 from .preempt import Preemption, die_with_parent, write_outcome
 from .prepare import check_run, open_data, open_stream, prepare_folder, stages_of
@@ -54,7 +55,7 @@ def train(config: RunConfig) -> None:
         preload()
     check_run(config, dist.get_world_size())
     dataset = open_data(config)
-    stream = open_stream(config, dataset, mesh.dp_rank, mesh.dp_size)
+    stream = open_stream(config, dataset, mesh.dp_rank, mesh.dp_size, run_deal(config, dist.get_world_size()))
     engine = build_engine(config, mesh)
 
     first, carried = 0, {}
@@ -68,6 +69,8 @@ def train(config: RunConfig) -> None:
     if resumed is not None:
         stream.load_state_dict(resumed["data"])
         first, carried = resumed["step"], resumed["data"].get("health", {})
+        if config.train.places_after(first):
+            place_by_load(engine)
 
     predicted = predicted_step(config, dist.get_world_size()) if dist.get_rank() == 0 else {}
     pulse = Pulse()
@@ -91,7 +94,7 @@ def train(config: RunConfig) -> None:
                 verdict, metrics = Verdict.SKIP, None
                 if not health.leaves_out(step + 1):
                     data = stream.next()
-                    check_agreement(step + 1, data.doc_digest, preemption)
+                    check_agreement(step + 1, data.agreed, preemption)
                     verdict, metrics = train_step(config, step, data, engine, health, meter)
                 if tracker is not None and metrics is not None:
                     tracker.log(metrics | keeper.times() | predicted)
@@ -104,6 +107,8 @@ def train(config: RunConfig) -> None:
                 pulse.enter("checkpoint")
                 last = preemption.ends_after(step)
                 keeper.after_step(step, health.state, last=last)
+                if config.train.places_after(step):
+                    place_by_load(engine)
 
     if tracker is not None and importlib.util.find_spec("matplotlib") and first < config.train.steps:
         plot_losses(config.path, config.model.modalities)
@@ -193,9 +198,9 @@ def located(step: int) -> Iterator[None]:
 
 
 def check_agreement(step: int, digest: str, preemption: Preemption) -> None:
-    """All ranks must be about to train on the same global batch at the same step; one 24-byte all-gather tells.
+    """All ranks must be about to train on the same global batch, dealt out alike, at the same step.
 
-    It also tells all ranks whether any of them has been asked to save and stop.
+    One 24-byte all-gather tells; also whether any rank has been asked to save and stop.
 
     Raises:
         DivergenceError: on every rank; names those that are not with the majority.
@@ -246,7 +251,7 @@ def step_metrics(
             metrics[f"loss/{modality}"] = total / targets
     weighted = [(total, data.target_tokens.get(m, 0)) for m, total in zip(config.model.modalities, sums, strict=True)]
     metrics["loss"] = sum(total for total, _ in weighted) / max(1, sum(count for _, count in weighted))
-    metrics |= {f"tokens/{modality}": count for modality, count in data.tokens.items()}
+    metrics |= {f"tokens/{modality}": count for modality, count in data.tokens.items()} | data.dealt
     return metrics | {"tokens_per_second": tokens / seconds, "step_seconds": seconds, "data_wait_seconds": waited}
 
 

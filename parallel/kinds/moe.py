@@ -8,7 +8,7 @@ at tp 1, where expert layers are usually trained, they are one.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -125,6 +125,10 @@ class MoE(Mixer):
         self.register_buffer("selection_bias", torch.zeros(config.n_experts))
         self.register_buffer("expert_load", torch.zeros(loads), persistent=False)
         self.register_buffer("load", torch.zeros(loads), persistent=False)
+        # The expert of each row of the banks, all ep ranks', and its inverse; see `replace_experts.py`.
+        self.register_buffer("slots", torch.arange(config.n_experts), persistent=False)
+        self.register_buffer("slot_of", torch.arange(config.n_experts), persistent=False)
+        self.placed = False
         self.register_buffer("unsound", torch.zeros(()), persistent=False)  # logits that are not finite
         self.register_buffer("terms", torch.zeros(3), persistent=False)  # Σ over tokens: aux_sequence, aux_global, z
         self.register_buffer("open_experts", open_experts(config, shape.modalities), persistent=False)
@@ -262,6 +266,8 @@ class MoE(Mixer):
         if taken is not None:
             places = taken.reshape(-1).nonzero()[:, 0]
             ids = ids[places]
+        if self.placed:
+            ids = self.slot_of[ids]
         plan = dispatch(ids, self.config.n_experts, self.mesh.ep_group)
         order = plan.route.order if places is None else places[plan.route.order]
         there = send(h_TD[order // top_k], plan)
@@ -294,6 +300,12 @@ class MoE(Mixer):
         share = fair_share(self._pooled(load), self.open_experts)
         self.selection_bias += self.config.bias_update_rate * torch.sign(share - load.sum(dim=0))
         self.forget()
+
+    def place(self, slots: Sequence[int]) -> None:
+        """From now on row s of the banks is expert `slots[s]`; the caller moves the rows."""
+        self.slots.copy_(torch.tensor(slots))
+        self.slot_of.copy_(torch.argsort(self.slots))
+        self.placed = list(slots) != list(range(len(slots)))
 
     @torch.no_grad()
     def forget(self) -> None:

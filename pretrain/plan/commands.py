@@ -21,6 +21,7 @@ from ..config import load_config, plan_sizes
 @click.option("--top", default=5, show_default=True, help="How many plans to list.")
 @click.option("--document", type=int, help="Mean tokens of a document; without it, one document per row.")
 @click.option("--layers", type=click.Path(path_type=Path), help="Measured seconds, from `polylepis bench layers`.")
+@click.option("--loads", type=click.Path(path_type=Path), help="Expert loads that this run (or checkpoint) measured.")
 @click.option("--timeline", type=click.Path(path_type=Path), help="Draw the step: FILE.png or FILE.html.")
 @click.option("--json", "json_path", type=click.Path(path_type=Path), help="Write the prediction as JSON.")
 def plan(
@@ -33,6 +34,7 @@ def plan(
     top: int,
     document: int | None,
     layers: Path | None,
+    loads: Path | None,
     timeline: Path | None,
     json_path: Path | None,
 ) -> None:
@@ -46,6 +48,7 @@ def plan(
     from ...parallel.pipeline.devices import GIB, find_device
     from ..prepare import n_processes
     from .estimate import Assumptions, estimate
+    from .loads import read_loads
     from .measure import Measured, read_layers
     from .picture import save_timeline
     from .report import as_json, search_table, table, title
@@ -61,7 +64,8 @@ def plan(
     limit = device.memory if memory is None else memory * GIB
     timing: Timing = Roofline(device) if layers is None else Measured(device, read_layers(layers))
     source = f"a roofline of {device.name} (assumptions: docs/planning.md)" if layers is None else f"{layers}"
-    assumed = Assumptions(document=document)
+    measured = loads or (Path(resolved.train.loads) if resolved.train.loads else None)
+    assumed = Assumptions(document, {} if measured is None else read_loads(measured, resolved.model))
     if as_written:
         best = estimate(replace(resolved, mesh=resolved.mesh.resolve(world)), timing, limit, assumed)
     else:

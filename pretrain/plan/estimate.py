@@ -28,6 +28,7 @@ from ...parallel.pipeline.stage import Stage, whole_model
 from ..config import RunConfig
 from ..errors import ConfigError
 from ..prepare import stages_of
+from .loads import Loads, busiest_ranks
 
 RESERVE = 0.06  # of a GPU's memory: CUDA context, communication buffers, fragmentation. An assumption.
 METADATA = 72  # bytes per token of a prepared micro-batch: tokens, labels, weights, modalities, routes, positions
@@ -103,11 +104,11 @@ class Assumptions:
 
     Attributes:
         document: mean tokens of a document; None takes one document per row.
-        busiest: by layer, load of the busiest expert-parallel rank over the mean.
+        loads: by expert layer, choices [modalities, experts] that a run has measured; even without them.
     """
 
     document: int | None = None
-    busiest: Mapping[int, float] = field(default_factory=lambda: MappingProxyType({}))
+    loads: Loads = field(default_factory=lambda: MappingProxyType({}))
 
 
 def setting_of(config: RunConfig, timing: Timing, assumptions: Assumptions | None = None) -> Setting:
@@ -123,7 +124,7 @@ def setting_of(config: RunConfig, timing: Timing, assumptions: Assumptions | Non
         context=config.context,
         recompute=config.recompute,
         modalities=len(config.model.modalities),
-        busiest=assumptions.busiest,
+        busiest=busiest_ranks(assumptions.loads, config.mesh.ep, config.train.placement == "load"),
     )
 
 

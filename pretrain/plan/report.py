@@ -24,7 +24,7 @@ SHORT = {
 def title(found: Estimate) -> str:
     """One line that tells a plan from others."""
     mesh, config = found.config.mesh, found.config
-    axes = {"pp": mesh.pp, "dp": mesh.dp_replicate * mesh.dp_shard, "cp": mesh.cp, "tp": mesh.tp}
+    axes = {"pp": mesh.pp, "dp": mesh.dp_replicate * mesh.dp_shard, "cp": mesh.cp, "tp": mesh.tp, "ep": mesh.ep}
     text = " × ".join(f"{name} {size}" for name, size in axes.items() if size > 1) or "1 GPU"
     if mesh.dp_replicate > 1:
         text += f" (sharded over {mesh.dp_shard})"

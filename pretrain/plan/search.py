@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import heapq
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
@@ -10,6 +11,7 @@ from typing import Any
 
 from ...parallel.context import cut_tokens
 from ...parallel.errors import PlanError
+from ...parallel.kinds.moe import MoEConfig
 from ...parallel.mesh import MeshConfig
 from ...parallel.pipeline.config import PipelineConfig
 from ...parallel.pipeline.cost import Timing
@@ -47,7 +49,8 @@ def powers(limit: int) -> list[int]:
 def candidates(config: RunConfig, gpus: int, per_node: int) -> Iterator[RunConfig]:
     """Every combination worth a look: axes in powers of two (and what is left for dp), tp inside a node.
 
-    Parameters are sharded over all of dp, or over one node's share of it, replicated beyond.
+    Parameters are sharded over all of dp, or over one node's share of it, replicated beyond. Experts lie on one
+    rank, on as many as the configuration says, or on as many of a node as divides them.
     """
     layers, rows = len(config.model.symbols), config.data.global_batch
     for tp, cp, pp in product(powers(min(per_node, gpus)), powers(min(64, gpus)), powers(min(layers, gpus))):
@@ -58,14 +61,22 @@ def candidates(config: RunConfig, gpus: int, per_node: int) -> Iterator[RunConfi
             continue  # short pieces make context parallelism pointless; what the user asked for is still looked at
         shards = {dp, min(dp, max(1, per_node // tp))}
         per_rank = rows // dp
-        for shard, micro in product(sorted(shards), (m for m in powers(per_rank) if per_rank % m == 0)):
-            if dp % shard or (micro > 16):
+        micros = [m for m in powers(min(16, per_rank)) if per_rank % m == 0]
+        for shard, micro, ep in product(sorted(shards), micros, expert_ranks(config, per_node)):
+            if dp % shard or shard * cp % ep:
                 continue
-            mesh = MeshConfig(dp // shard, shard, cp, tp, pp)
+            mesh = MeshConfig(dp // shard, shard, cp, tp, pp, ep)
             for name, chunks in SCHEDULES if pp > 1 else SCHEDULES[:1]:
                 pipeline = PipelineConfig(schedule=name, chunks=chunks if pp > 1 else None)  # type: ignore[arg-type]
                 data = replace(config.data, micro_batch=micro)
                 yield replace(config, mesh=mesh, pipeline=pipeline, data=data)
+
+
+def expert_ranks(config: RunConfig, per_node: int) -> list[int]:
+    """The numbers of ep ranks to look at: 1, and with expert layers what is configured and what fits a node."""
+    layers = (config.model.layer(index)[1] for index in range(len(config.model.symbols)))
+    counts = [layer.n_experts for layer in layers if isinstance(layer, MoEConfig)]
+    return sorted({1, config.mesh.ep, math.gcd(*counts, per_node)}) if counts else [1]
 
 
 def search(
@@ -176,7 +187,7 @@ def overrides(found: Estimate) -> list[str]:
     """What to write behind `polylepis train CONFIG` to run this plan."""
     config = found.config
     mesh, lines = config.mesh, []
-    for axis in ("pp", "dp_replicate", "dp_shard", "cp", "tp"):
+    for axis in ("pp", "dp_replicate", "dp_shard", "cp", "tp", *(["ep"] if "E" in config.model.symbols else [])):
         lines.append(f"mesh.{axis}={getattr(mesh, axis)}")
     if mesh.pp > 1:
         lines.append(f"pipeline.schedule={config.pipeline.schedule}")

@@ -176,7 +176,7 @@ def train_with_a_fault(config: RunConfig, fault: str) -> str:
             if dist.get_rank() == 1 and step.index == 1:
                 if fault == "dies":
                     raise OSError("the disk is gone")
-                step = replace(step, doc_digest="0123456789abcdef")
+                step = replace(step, agreed="0123456789abcdef")
             return step
 
     module.Stream = Faulty  # type: ignore[misc]
