@@ -343,7 +343,6 @@ def test_names_are_those_of_the_real_class(name: str) -> None:
         ({"model_type": "llama"}, "model_type 'llama' is not imported"),
         ({"mlp_hidden_act": "silu"}, "mlp_hidden_act is 'silu'"),
         ({"use_bias": True}, "use_bias is True"),
-        ({"n_group": 2}, "n_group is 2"),
         ({"time_step_limit": [0.01, 0.1]}, "clamps the time steps"),
         ({"hybrid_override_pattern": "MX"}, "character 'X' at position 1"),
         ({"ssm_state_size": None}, "no ssm_state_size in it"),
