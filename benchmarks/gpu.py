@@ -27,7 +27,6 @@ import torch
 
 from .gpu_cases import LIBRARIES, MODULES, Sizes, least_bytes
 from .gpu_checks import check_all
-from .gpu_tune import tune
 
 ROOT = Path(__file__).parent.parent
 SECONDS = 480
@@ -53,7 +52,9 @@ def main() -> None:
     if args.library:
         time_library(args.library, device, args.rehearse, args.until, args.result)
     elif args.tune:
-        tune(device, args.rehearse)
+        from polylepis.kernels.ssd.tune import tune
+
+        tune(rehearse=args.rehearse)
     else:
         report(args, device)
 

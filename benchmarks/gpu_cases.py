@@ -138,7 +138,41 @@ def layer_inputs(s: Sizes, device: torch.device, dtype: torch.dtype) -> dict[str
     return t
 
 
+def our_mixer(s: Sizes, device: torch.device, dtype: torch.dtype) -> Built:
+    """What lies between the projections: one operator, from views of the projection's output."""
+    t = layer_inputs(s, device, dtype)
+    zxBCdt = fresh(s.b, s.l, s.inner + s.conv + s.h, device=device, dtype=dtype)
+    del t["u"], t["in_proj"], t["out_proj"]
+    return lambda: _mix(zxBCdt, t, s), [zxBCdt, *t.values()]
+
+
+def _mix(zxBCdt: Tensor, t: dict[str, Tensor], s: Sizes) -> Tensor:
+    from polylepis.kernels.columns import split_columns
+    from polylepis.kernels.ssd import ssd_mixer
+
+    z, x, B, C, dt = split_columns(zxBCdt, (s.inner, s.inner, s.g * s.n, s.g * s.n, s.h))
+    y = ssd_mixer(
+        *(x, dt, t["A"], B, C, t["conv_weight"], t["conv_bias"]),
+        n_groups=s.g,
+        z=z,
+        norm_weight=t["norm"],
+        norm_group_size=s.inner // s.g,
+        D=t["D"],
+        dt_bias=t["dt_bias"],
+        backend="triton",
+    )
+    assert isinstance(y, Tensor)
+    return y
+
+
 def our_layer(s: Sizes, device: torch.device, dtype: torch.dtype) -> Built:
+    t = layer_inputs(s, device, dtype)
+    inner = {name: value for name, value in t.items() if name not in ("u", "in_proj", "out_proj")}
+    return lambda: F.linear(_mix(F.linear(t["u"], t["in_proj"]), inner, s), t["out_proj"]), list(t.values())
+
+
+def our_separate_layer(s: Sizes, device: torch.device, dtype: torch.dtype) -> Built:
+    """The same layer from the separate operators: what the one operator has to beat."""
     from polylepis.kernels.conv import causal_conv1d
     from polylepis.kernels.norm import gated_rms_norm
     from polylepis.kernels.ssd import ssd
@@ -186,6 +220,8 @@ LIBRARIES: dict[str, dict[str, Case]] = {
         "conv": our_conv,
         "gated norm": our_norm,
         "layer": our_layer,
+        "mixer": our_mixer,
+        "layer, separate operators": our_separate_layer,
     },
     "mamba_ssm": {"scan": mamba_ssm_scan, "gated norm": mamba_ssm_norm, "layer": mamba_ssm_layer},
     "fla simple_gla": {"scan": fla_scan},

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from polylepis.kernels.conv import causal_conv1d, causal_conv1d_step
 from polylepis.kernels.norm import gated_rms_norm, rms_norm, rms_norm_residual
-from polylepis.kernels.ssd import combine, enter, ssd, ssd_core, ssd_reference, ssd_step, summarise
+from polylepis.kernels.ssd import combine, enter, ssd, ssd_core, ssd_mixer, ssd_reference, ssd_step, summarise
 
 ALLOWED = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 Function = Callable[[str, dict[str, Tensor]], Any]
@@ -114,13 +114,13 @@ def _segments(device: torch.device) -> Built:
             y = ssd_core(t["x"], decay, t["dt"], t["B"], t["C"], backend="torch")
             return y
         first, second = slice(0, half), slice(half, None)
-        one, kept = summarise(*(v[:, first] for v in (t["x"], decay, t["dt"], t["B"])), backend="triton")
-        two, more = summarise(*(v[:, second] for v in (t["x"], decay, t["dt"], t["B"])), backend="triton")
+        one, kept = summarise(*(v[:, first] for v in (t["x"], decay, t["dt"], t["B"], t["C"])), backend="triton")
+        two, more = summarise(*(v[:, second] for v in (t["x"], decay, t["dt"], t["B"], t["C"])), backend="triton")
         del two
         start = torch.zeros_like(one.state)
         outs = (
-            enter(kept, t["C"][:, first], start),
-            enter(more, t["C"][:, second], combine(one._replace(state=start), one).state),
+            enter(kept, start),
+            enter(more, combine(one._replace(state=start), one).state),
         )
         return torch.cat(outs, dim=1)
 
@@ -141,6 +141,45 @@ def _conv(device: torch.device) -> Built:
         )
 
     return conv, {"x": (b, l, c), "weight": (c, 4), "bias": (c,), "initial": (b, c, 3)}, True
+
+
+def _mixer(device: torch.device) -> Built:
+    """The operator between a layer's projections: documents, padding and both initial states."""
+    small = device.type == "cpu"
+    b, l, (h, p, g, n) = (1, 20, (2, 8, 1, 8)) if small else (2, 520, (16, 64, 2, 128))
+    ids = (torch.rand(b, l, device=device) < 0.05).cumsum(1)
+    ids[:, l // 3 : l // 3 + 5] = -1
+    inner, state = h * p, g * n
+
+    def mixer(backend: str, t: dict[str, Tensor]) -> Any:
+        z, x, B, C, dt = t["zxBCdt"].split((inner, inner, state, state, h), dim=-1)
+        starts = {"conv_state": t["conv_state"], "initial_states": t["initial_states"], "seq_idx": ids}
+        if backend != "exact":
+            tensors = (x, dt, t["A"], B, C, t["weight"], t["bias"])
+            rest = {"z": z, "norm_weight": t["norm"], "norm_group_size": inner // g, "D": t["D"]}
+            bias = {"dt_bias": t["dt_bias"], "return_final_states": True, "backend": backend}
+            return ssd_mixer(*tensors, n_groups=g, **rest, **bias, **starts)[:2]
+        convolved = causal_conv1d(
+            *(torch.cat((x, B, C), dim=-1), t["weight"], t["bias"]),
+            initial_state=starts["conv_state"],
+            seq_idx=ids,
+            backend="torch",
+        )
+        x, B, C = convolved.split((inner, state, state), dim=-1)
+        y, final = ssd_reference(
+            *(x.unflatten(-1, (h, p)), dt, t["A"], B.unflatten(-1, (g, n)), C.unflatten(-1, (g, n))),
+            D=t["D"],
+            dt_bias=t["dt_bias"],
+            dt_softplus=True,
+            initial_states=t["initial_states"],
+            seq_idx=ids,
+            return_final_states=True,
+        )
+        return gated_rms_norm(y.flatten(-2), z, t["norm"], group_size=inner // g, backend="torch"), final
+
+    shapes: dict[str, tuple[int, ...]] = {"zxBCdt": (b, l, 2 * inner + 2 * state + h), "A": (h,), "D": (h,)}
+    shapes |= {"dt_bias": (h,), "weight": (inner + 2 * state, 4), "bias": (inner + 2 * state,), "norm": (inner,)}
+    return mixer, shapes | {"conv_state": (b, inner + 2 * state, 3), "initial_states": (b, h, p, n)}, True
 
 
 def _gated_norm(device: torch.device) -> Built:
@@ -187,6 +226,7 @@ CASES: dict[str, Callable[[torch.device], Built]] = {
     "scan, one group": _scan(260, (16, 64, 1, 128), False, False),
     "segments": _segments,
     "convolution": _conv,
+    "layer between projections": _mixer,
     "gated norm": _gated_norm,
     "norms": _norms,
     "decode steps": _decode,

@@ -10,9 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .columns import split_columns
 from .conv import causal_conv1d, causal_conv1d_step
 from .norm import gated_rms_norm, rms_norm
-from .ssd import ssd, ssd_step
+from .ssd import ssd, ssd_mixer, ssd_step
 
 FULL_RANGE = (0.0, float("inf"))
 
@@ -123,35 +124,43 @@ def mamba_split_conv1d_scan_combined(
             f"zxbcdt has {zxbcdt.shape[-1]} channels, expected {expected} (z {inner}, xBC {channels}, dt {heads}); "
             "channels beside the SSM's (d_nonssm) are not supported"
         )
-    z, xBC, dt = zxbcdt.split((inner, channels, heads), dim=-1)
-    convolved = causal_conv1d(xBC, conv1d_weight, conv1d_bias, activation=_activation(activation), seq_idx=seq_idx)
-    assert isinstance(convolved, Tensor)
-    x, B, C = convolved.split((inner, *[(channels - inner) // 2] * 2), dim=-1)
-    y, final = _both(
-        mamba_chunk_scan_combined(
-            x.unflatten(-1, (heads, p)),
-            dt,
-            A,
-            B.unflatten(-1, (ngroups, -1)),
-            C.unflatten(-1, (ngroups, -1)),
-            chunk_size,
-            D=D,
-            z=z.unflatten(-1, (heads, p)) if rmsnorm_weight is None else None,
-            dt_bias=dt_bias,
-            initial_states=initial_states,
-            seq_idx=seq_idx,
-            dt_softplus=True,
-            dt_limit=dt_limit,
-            return_final_states=True,
-        )
+    state = (channels - inner) // 2
+    z, x, B, C, dt = split_columns(zxbcdt, (inner, inner, state, state, heads))
+    gated = rmsnorm_weight is not None and not norm_before_gate
+    wide = D.dim() == 2
+    outputs = ssd_mixer(
+        *(x, dt, A, B, C, conv1d_weight, conv1d_bias),
+        n_groups=ngroups,
+        z=z if gated and not wide else None,
+        norm_weight=rmsnorm_weight if gated and not wide else None,
+        norm_group_size=inner // ngroups,
+        norm_eps=rmsnorm_eps,
+        D=None if wide else D,
+        dt_bias=dt_bias,
+        dt_limit=dt_limit,
+        activation=_activation(activation),
+        initial_states=initial_states,
+        seq_idx=seq_idx,
+        chunk_size=chunk_size,
+        return_final_states=True,
     )
-    out = y.flatten(-2)
-    if rmsnorm_weight is not None and norm_before_gate:
+    assert isinstance(outputs, tuple)
+    out, final, _ = outputs
+    if wide:
+        # the skip of each channel needs the convolved x: one more convolution, as the operator returns none
+        own = slice(0, inner)
+        bias = None if conv1d_bias is None else conv1d_bias[own]
+        xs = causal_conv1d(x, conv1d_weight[own], bias, activation=_activation(activation), seq_idx=seq_idx)
+        assert isinstance(xs, Tensor)
+        out = (out + xs * D.flatten()).to(out.dtype)
+        if gated and rmsnorm_weight is not None:
+            out = gated_rms_norm(out, z, rmsnorm_weight, group_size=inner // ngroups, eps=rmsnorm_eps)
+    if rmsnorm_weight is None:
+        out = (out * F.silu(z)).to(out.dtype)
+    elif norm_before_gate:
         ones = rmsnorm_weight.new_ones(inner // ngroups)
         normal = rms_norm(out.unflatten(-1, (ngroups, -1)), ones, rmsnorm_eps).flatten(-2)
         out = (normal * rmsnorm_weight * F.silu(z)).to(out.dtype)
-    elif rmsnorm_weight is not None:
-        out = gated_rms_norm(out, z, rmsnorm_weight, group_size=inner // ngroups, eps=rmsnorm_eps)
     if outproj_weight is not None:
         out = F.linear(out.to(outproj_weight.dtype), outproj_weight, outproj_bias)
     return (out, final) if return_final_states else out

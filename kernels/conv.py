@@ -44,27 +44,21 @@ def causal_conv1d(
     if x.dim() != 3 or x.shape[1] == 0:
         raise ValueError(f"x has shape {tuple(x.shape)}, expected (batch, length >= 1, channels)")
     b, l, c = x.shape
-    _check_weight(weight, bias, c, activation)
+    check_weight(weight, bias, c, activation)
     width = weight.shape[1]
     if seq_idx is not None and (tuple(seq_idx.shape) != (b, l) or seq_idx.is_floating_point()):
         raise ValueError(f"seq_idx is {seq_idx.dtype} {tuple(seq_idx.shape)}, expected integers ({b}, {l})")
     if initial_state is not None and tuple(initial_state.shape) != (b, c, width - 1):
         raise ValueError(f"initial_state has shape {tuple(initial_state.shape)}, expected ({b}, {c}, {width - 1})")
-    triton = use_triton(backend, _tensors(x, weight, bias, initial_state), _width_limit(width))
+    triton = use_triton(backend, _tensors(x, weight, bias, initial_state), width_limit(width))
     runs = valid = None
     if seq_idx is not None:
-        valid = seq_idx >= 0
-        changes = torch.zeros_like(valid)
-        changes[:, 1:] = seq_idx[:, 1:] != seq_idx[:, :-1]
-        runs = changes.cumsum(dim=1)
+        runs, valid = document_runs(seq_idx)
     if triton:
-        code = (
-            None if runs is None or valid is None else (2 * runs + (~valid).to(runs.dtype)).to(torch.int32).contiguous()
-        )
-        y = conv_forward(x, weight, bias, initial_state, code, activation == "silu")
+        y = conv_forward(x, weight, bias, initial_state, run_code(runs, valid), activation == "silu")
     else:
         y = _CausalConv.apply(x, weight, bias, initial_state, runs, valid, activation == "silu")
-    return (y, _final_state(x, initial_state, runs, valid, width)) if return_final_state else y
+    return (y, final_state(x, initial_state, runs, valid, width)) if return_final_state else y
 
 
 def causal_conv1d_step(
@@ -86,12 +80,12 @@ def causal_conv1d_step(
     if x.dim() != 2:
         raise ValueError(f"x has shape {tuple(x.shape)}, expected (batch, channels)")
     b, c = x.shape
-    _check_weight(weight, bias, c, activation)
+    check_weight(weight, bias, c, activation)
     if tuple(state.shape) != (b, c, weight.shape[1] - 1):
         raise ValueError(f"state has shape {tuple(state.shape)}, expected ({b}, {c}, {weight.shape[1] - 1})")
     tensors = {**_tensors(x, weight, bias, None), "state": state}
     gradients = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors.values())
-    limit = "the step has no gradients there" if gradients else _width_limit(weight.shape[1])
+    limit = "the step has no gradients there" if gradients else width_limit(weight.shape[1])
     if use_triton(backend, tensors, limit):
         return conv_step(x, state, weight, bias, activation == "silu")
     dtype = torch.promote_types(x.dtype, torch.float32)
@@ -107,17 +101,31 @@ def _tensors(x: Tensor, weight: Tensor, bias: Tensor | None, initial: Tensor | N
     return {"x": x, "weight": weight, "bias": bias, "initial_state": initial}
 
 
-def _width_limit(width: int) -> str | None:
+def width_limit(width: int) -> str | None:
     return None if width <= LARGEST_WIDTH else f"weight has width {width}, expected at most {LARGEST_WIDTH}"
 
 
-def _check_weight(weight: Tensor, bias: Tensor | None, channels: int, activation: str | None) -> None:
+def check_weight(weight: Tensor, bias: Tensor | None, channels: int, activation: str | None) -> None:
     if weight.dim() != 2 or weight.shape[0] != channels or weight.shape[1] < 1:
         raise ValueError(f"weight has shape {tuple(weight.shape)}, expected ({channels}, width >= 1)")
     if bias is not None and tuple(bias.shape) != (channels,):
         raise ValueError(f"bias has shape {tuple(bias.shape)}, expected ({channels},)")
     if activation not in (None, "silu"):
         raise ValueError(f"activation={activation!r} is unknown; accepted are 'silu' and None")
+
+
+def document_runs(seq_idx: Tensor) -> tuple[Tensor, Tensor]:
+    """(runs (b, l) int64, counted from 0, one more at every change of the id; valid (b, l) bool: not padding)."""
+    changes = torch.zeros_like(seq_idx, dtype=torch.bool)
+    changes[:, 1:] = seq_idx[:, 1:] != seq_idx[:, :-1]
+    return changes.cumsum(dim=1), seq_idx >= 0
+
+
+def run_code(runs: Tensor | None, valid: Tensor | None) -> Tensor | None:
+    """2·run + (1 for padding) per token, (b, l) int32: what the kernels read of the documents."""
+    if runs is None or valid is None:
+        return None
+    return (2 * runs + (~valid).to(runs.dtype)).to(torch.int32).contiguous()
 
 
 class _Tap(NamedTuple):
@@ -206,7 +214,7 @@ def _before(initial: Tensor, column: int, head: int, runs: Tensor | None, dtype:
     return part if runs is None else part * (runs[:, :head] == 0).unsqueeze(-1)
 
 
-def _final_state(x: Tensor, initial: Tensor | None, runs: Tensor | None, valid: Tensor | None, width: int) -> Tensor:
+def final_state(x: Tensor, initial: Tensor | None, runs: Tensor | None, valid: Tensor | None, width: int) -> Tensor:
     """The k−1 inputs up to the last token that is not padding, (b, c, k−1); a differentiable gather."""
     b, l, c = x.shape
     start = x.new_zeros(b, width - 1, c) if initial is None else initial.transpose(1, 2).to(x.dtype)

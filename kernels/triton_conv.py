@@ -30,7 +30,7 @@ def run_at(code, first, r, L):
 
 
 @triton.jit
-def input_at(x, initial, first, r, ch, L, c, x_l, WIDTH: tl.constexpr, HAS_INITIAL: tl.constexpr):
+def input_at(x, initial, first, r, ch, base, L, c, x_l, WIDTH: tl.constexpr, HAS_INITIAL: tl.constexpr):
     """x[first + r, ch] in float32; from the initial state before the start, zero behind the end; both of one row."""
     t = first + r
     good = (ch < c)[None, :]
@@ -38,7 +38,7 @@ def input_at(x, initial, first, r, ch, L, c, x_l, WIDTH: tl.constexpr, HAS_INITI
     v = tl.load(x + first * x_l + (r[:, None] * x_l + ch[None, :]), mask=inside, other=0.0).to(tl.float32)
     if HAS_INITIAL:
         if first < WIDTH:
-            place = ch[None, :] * (WIDTH - 1) + (t[:, None] + WIDTH - 1)
+            place = (base + ch)[None, :] * (WIDTH - 1) + (t[:, None] + WIDTH - 1)
             before = ((t < 0) & (t >= 1 - WIDTH))[:, None] & good
             v += tl.load(initial + place, mask=before, other=0.0).to(tl.float32)
     return v
@@ -46,21 +46,38 @@ def input_at(x, initial, first, r, ch, L, c, x_l, WIDTH: tl.constexpr, HAS_INITI
 
 @triton.jit
 def convolved_at(
-    x, weight, bias, initial, code, first, r, ch, L, c, x_l, WIDTH: tl.constexpr, HAS_BIAS: tl.constexpr,
+    x, weight, bias, initial, code, first, r, ch, base, L, c, x_l, WIDTH: tl.constexpr, HAS_BIAS: tl.constexpr,
     HAS_INITIAL: tl.constexpr, HAS_CODE: tl.constexpr,
 ):  # fmt: skip
     """The convolution before its activation at the positions first + r."""
     u = tl.zeros((r.shape[0], ch.shape[0]), dtype=tl.float32)
     if HAS_BIAS:
-        u += tl.load(bias + ch, mask=ch < c, other=0.0).to(tl.float32)[None, :]
+        u += tl.load(bias + base + ch, mask=ch < c, other=0.0).to(tl.float32)[None, :]
     for s in tl.static_range(WIDTH):
-        v = input_at(x, initial, first, r - s, ch, L, c, x_l, WIDTH, HAS_INITIAL)
-        w = tl.load(weight + ch * WIDTH + (WIDTH - 1 - s), mask=ch < c, other=0.0).to(tl.float32)
+        v = input_at(x, initial, first, r - s, ch, base, L, c, x_l, WIDTH, HAS_INITIAL)
+        w = tl.load(weight + (base + ch) * WIDTH + (WIDTH - 1 - s), mask=ch < c, other=0.0).to(tl.float32)
         if HAS_CODE and s > 0:
             same = run_at(code, first, r, L)[0] == run_at(code, first, r - s, L)[0]
             v = tl.where(same[:, None], v, 0.0)
         u += v * w[None, :]
     return u
+
+
+@triton.jit
+def conv_tile(
+    x, weight, bias, initial, code, y, first, r, ch, base, L, c, x_l, y_l, SILU: tl.constexpr, WIDTH: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_INITIAL: tl.constexpr, HAS_CODE: tl.constexpr,
+):  # fmt: skip
+    """The outputs first + r of the channels ch < c of x, which are base + ch of the parameters and of y; one row."""
+    u = convolved_at(
+        x, weight, bias, initial, code, first, r, ch, base, L, c, x_l, WIDTH, HAS_BIAS, HAS_INITIAL, HAS_CODE
+    )
+    if SILU:
+        u = u * sigmoid(u)
+    if HAS_CODE:
+        u = tl.where(run_at(code, first, r, L)[1][:, None], u, 0.0)
+    mask = (first + r < L)[:, None] & (ch < c)[None, :]
+    tl.store(y + first * y_l + (r[:, None] * y_l + (base + ch)[None, :]), u.to(y.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -71,29 +88,26 @@ def conv_kernel(
     """BT tokens and BC channels of y (b, L, c), contiguous."""
     b = tl.program_id(2).to(tl.int64)
     first = tl.program_id(0).to(tl.int64) * BT
-    r = tl.arange(0, BT)
     ch = tl.program_id(1) * BC + tl.arange(0, BC)
     x += b * x_b
+    y += b * L * c
     if HAS_INITIAL:
         initial += b * c * (WIDTH - 1)
     if HAS_CODE:
         code += b * L
-    u = convolved_at(x, weight, bias, initial, code, first, r, ch, L, c, x_l, WIDTH, HAS_BIAS, HAS_INITIAL, HAS_CODE)
-    if SILU:
-        u = u * sigmoid(u)
-    if HAS_CODE:
-        u = tl.where(run_at(code, first, r, L)[1][:, None], u, 0.0)
-    mask = (first + r < L)[:, None] & (ch < c)[None, :]
-    tl.store(y + (b * L + first) * c + (r[:, None] * c + ch[None, :]), u.to(y.dtype.element_ty), mask=mask)
+    conv_tile(
+        x, weight, bias, initial, code, y, first, tl.arange(0, BT), ch, 0, L, c, x_l, c, SILU, WIDTH, HAS_BIAS,
+        HAS_INITIAL, HAS_CODE,
+    )  # fmt: skip
 
 
 @triton.jit
-def line_at(x, initial, t, ch, L, c, x_l, WIDTH: tl.constexpr, HAS_INITIAL: tl.constexpr):
+def line_at(x, initial, t, ch, base, L, c, x_l, WIDTH: tl.constexpr, HAS_INITIAL: tl.constexpr):
     """x[t, ch] in float32 for one position t; from the initial state before the start, zero behind the end."""
     v = tl.load(x + t * x_l + ch, mask=(ch < c) & (t >= 0) & (t < L), other=0.0).to(tl.float32)
     if HAS_INITIAL:
         before = (ch < c) & (t < 0) & (t >= 1 - WIDTH)
-        v += tl.load(initial + ch * (WIDTH - 1) + (t + WIDTH - 1), mask=before, other=0.0).to(tl.float32)
+        v += tl.load(initial + (base + ch) * (WIDTH - 1) + (t + WIDTH - 1), mask=before, other=0.0).to(tl.float32)
     return v
 
 
@@ -108,52 +122,41 @@ def line_run(code, t, L, HAS_CODE: tl.constexpr):
 
 
 @triton.jit
-def conv_backward_kernel(
-    x, weight, bias, initial, code, dy, dx, dinitial, partial, L, c, x_b, x_l, dy_b, dy_l, TOKENS_HERE,
-    SILU: tl.constexpr, WIDTH: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_INITIAL: tl.constexpr,
+def conv_walk(
+    x, weight, bias, initial, code, dy, dx, dinitial, partial, start, ch, base, L, c, total, x_l, dy_l, dx_l,
+    TOKENS_HERE, SILU: tl.constexpr, WIDTH: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_INITIAL: tl.constexpr,
     HAS_CODE: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
-    """Walks over positions with the last inputs in registers; partial (b, parts, 5, c): dweight by distance, dbias.
+    """Walks over positions of one row with the last inputs in registers; partial (5, total): dweight, dbias.
 
-    An output t gives to the inputs t … t−3; the gradient of an input is complete three outputs later.
+    dweight is kept by distance. The channels ch < c of x, dy and dx are base + ch of the parameters, of dinitial and of
+    partial. An output t gives to the inputs t … t−3; the gradient of an input is complete three outputs later.
     """
-    b = tl.program_id(2).to(tl.int64)
-    ch = tl.program_id(1) * BC + tl.arange(0, BC)
     good = ch < c
-    x += b * x_b
-    dy += b * dy_b
-    dx += b * L * c
-    if HAS_CODE:
-        code += b * L
-    start = tl.program_id(0).to(tl.int64) * TOKENS_HERE
-    if HAS_INITIAL:
-        initial += b * c * (WIDTH - 1)
-        dinitial += b * c * (WIDTH - 1)
-        start -= WIDTH - 1
     zero = tl.zeros((BC,), dtype=tl.float32)
-    w0 = tl.load(weight + ch * WIDTH + WIDTH - 1, mask=good, other=0.0).to(tl.float32)
+    w0 = tl.load(weight + (base + ch) * WIDTH + WIDTH - 1, mask=good, other=0.0).to(tl.float32)
     w1, w2, w3, x1, x2, x3 = zero, zero, zero, zero, zero, zero
     run1, _ = line_run(code, start - 1, L, HAS_CODE)
     run2, _ = line_run(code, start - 2, L, HAS_CODE)
     run3, _ = line_run(code, start - 3, L, HAS_CODE)
     if WIDTH > 1:
-        w1 = tl.load(weight + ch * WIDTH + WIDTH - 2, mask=good, other=0.0).to(tl.float32)
-        x1 = line_at(x, initial, start - 1, ch, L, c, x_l, WIDTH, HAS_INITIAL)
+        w1 = tl.load(weight + (base + ch) * WIDTH + WIDTH - 2, mask=good, other=0.0).to(tl.float32)
+        x1 = line_at(x, initial, start - 1, ch, base, L, c, x_l, WIDTH, HAS_INITIAL)
     if WIDTH > 2:
-        w2 = tl.load(weight + ch * WIDTH + WIDTH - 3, mask=good, other=0.0).to(tl.float32)
-        x2 = line_at(x, initial, start - 2, ch, L, c, x_l, WIDTH, HAS_INITIAL)
+        w2 = tl.load(weight + (base + ch) * WIDTH + WIDTH - 3, mask=good, other=0.0).to(tl.float32)
+        x2 = line_at(x, initial, start - 2, ch, base, L, c, x_l, WIDTH, HAS_INITIAL)
     if WIDTH > 3:
-        w3 = tl.load(weight + ch * WIDTH + WIDTH - 4, mask=good, other=0.0).to(tl.float32)
-        x3 = line_at(x, initial, start - 3, ch, L, c, x_l, WIDTH, HAS_INITIAL)
+        w3 = tl.load(weight + (base + ch) * WIDTH + WIDTH - 4, mask=good, other=0.0).to(tl.float32)
+        x3 = line_at(x, initial, start - 3, ch, base, L, c, x_l, WIDTH, HAS_INITIAL)
     shift = zero
     if HAS_BIAS:
-        shift = tl.load(bias + ch, mask=good, other=0.0).to(tl.float32)
+        shift = tl.load(bias + base + ch, mask=good, other=0.0).to(tl.float32)
     sum0, sum1, sum2, sum3, sumb = zero, zero, zero, zero, zero
     open1, open2, open3 = zero, zero, zero  # gradients of the inputs t − 1, t − 2, t − 3 so far
     for k in range(TOKENS_HERE + WIDTH - 1):
         t = start + k
         run0, real = line_run(code, t, L, HAS_CODE)
-        x0 = line_at(x, initial, t, ch, L, c, x_l, WIDTH, HAS_INITIAL)
+        x0 = line_at(x, initial, t, ch, base, L, c, x_l, WIDTH, HAS_INITIAL)
         seen1, seen2, seen3 = x1, x2, x3
         if HAS_CODE:
             seen1 = tl.where(run1 == run0, x1, 0.0)
@@ -188,19 +191,42 @@ def conv_backward_kernel(
             done = open3
         at = t - (WIDTH - 1)
         inside = good & (k >= WIDTH - 1) & (at < L)
-        tl.store(dx + at * c + ch, done.to(dx.dtype.element_ty), mask=inside & (at >= 0))
+        tl.store(dx + at * dx_l + ch, done.to(dx.dtype.element_ty), mask=inside & (at >= 0))
         if HAS_INITIAL:
-            column = ch * (WIDTH - 1) + (at + WIDTH - 1)
+            column = (base + ch) * (WIDTH - 1) + (at + WIDTH - 1)
             tl.store(dinitial + column, done.to(dinitial.dtype.element_ty), mask=inside & (at < 0))
         open3, open2, open1 = open2, open1, open0
         x3, x2, x1 = x2, x1, x0
         run3, run2, run1 = run2, run1, run0
-    row = partial + (b * tl.num_programs(0) + tl.program_id(0)) * 5 * c + ch
+    row = partial + base + ch
     tl.store(row, sum0, mask=good)
-    tl.store(row + c, sum1, mask=good)
-    tl.store(row + 2 * c, sum2, mask=good)
-    tl.store(row + 3 * c, sum3, mask=good)
-    tl.store(row + 4 * c, sumb, mask=good)
+    tl.store(row + total, sum1, mask=good)
+    tl.store(row + 2 * total, sum2, mask=good)
+    tl.store(row + 3 * total, sum3, mask=good)
+    tl.store(row + 4 * total, sumb, mask=good)
+
+
+@triton.jit
+def conv_backward_kernel(
+    x, weight, bias, initial, code, dy, dx, dinitial, partial, L, c, x_b, x_l, dy_b, dy_l, TOKENS_HERE,
+    SILU: tl.constexpr, WIDTH: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_INITIAL: tl.constexpr,
+    HAS_CODE: tl.constexpr, BC: tl.constexpr,
+):  # fmt: skip
+    """dx (b, L, c), contiguous, dinitial like initial and partial (b, parts, 5, c)."""
+    b = tl.program_id(2).to(tl.int64)
+    ch = tl.program_id(1) * BC + tl.arange(0, BC)
+    partial += (b * tl.num_programs(0) + tl.program_id(0)) * 5 * c
+    start = tl.program_id(0).to(tl.int64) * TOKENS_HERE
+    if HAS_CODE:
+        code += b * L
+    if HAS_INITIAL:
+        initial += b * c * (WIDTH - 1)
+        dinitial += b * c * (WIDTH - 1)
+        start -= WIDTH - 1
+    conv_walk(
+        x + b * x_b, weight, bias, initial, code, dy + b * dy_b, dx + b * L * c, dinitial, partial, start, ch, 0, L, c,
+        c, x_l, dy_l, c, TOKENS_HERE, SILU, WIDTH, HAS_BIAS, HAS_INITIAL, HAS_CODE, BC,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -229,11 +255,13 @@ def conv_step_kernel(
     tl.store(y + b * c + ch, u.to(y.dtype.element_ty), mask=good)
 
 
-def _by_channel(t: Tensor) -> Tensor:
+def by_channel(t: Tensor) -> Tensor:
     return t if t.stride(-1) == 1 else t.contiguous()
 
 
-def _flags(bias: Tensor | None, initial: Tensor | None, code: Tensor | None, silu: bool, width: int) -> dict[str, int]:
+def conv_flags(
+    bias: Tensor | None, initial: Tensor | None, code: Tensor | None, silu: bool, width: int
+) -> dict[str, int]:
     flags = {"SILU": silu, "WIDTH": width, "HAS_BIAS": bias is not None, "HAS_INITIAL": initial is not None}
     return {**flags, "HAS_CODE": code is not None}
 
@@ -242,13 +270,13 @@ def conv_forward(
     x: Tensor, weight: Tensor, bias: Tensor | None, initial: Tensor | None, code: Tensor | None, silu: bool
 ) -> Tensor:
     """y (b, l, c), contiguous; x (b, l, c) by its strides, weight (c, k), bias (c,), initial (b, c, k−1)."""
-    x, weight = _by_channel(x), weight.contiguous()
+    x, weight = by_channel(x), weight.contiguous()
     bias, initial = (None if t is None else t.contiguous() for t in (bias, initial))
     b, l, c = x.shape
     y = torch.empty((b, l, c), dtype=x.dtype, device=x.device)
     conv_kernel[(triton.cdiv(l, TOKENS), triton.cdiv(c, CHANNELS), b)](
         *(x, weight, bias, initial, code, y, l, c, x.stride(0), x.stride(1)),
-        **_flags(bias, initial, code, silu, weight.shape[1]),
+        **conv_flags(bias, initial, code, silu, weight.shape[1]),
         BT=TOKENS,
         BC=CHANNELS,
         num_warps=4,
@@ -256,33 +284,43 @@ def conv_forward(
     return y
 
 
+def walks(length: int, width: int, initial: Tensor | None) -> tuple[int, int]:
+    """(tokens per program, programs per row) of the backward."""
+    positions = length + (width - 1 if initial is not None else 0)
+    tokens = max(LEAST, triton.cdiv(positions, PARTS))
+    return tokens, triton.cdiv(positions, tokens)
+
+
+def parameter_gradients(partial: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """dweight (c, k) and dbias (c,) from the partial sums (b, parts, 5, c), added up in a fixed order."""
+    sums = partial.sum(dim=(0, 1))
+    return sums[: weight.shape[1]].flip(0).t().to(weight.dtype).contiguous(), sums[4].to(weight.dtype)
+
+
 def conv_backward(
     dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, initial: Tensor | None, code: Tensor | None, silu: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """dx (b, l, c), dweight (c, k), dbias (c,) and dinitial."""
-    x, dy, weight = _by_channel(x), _by_channel(dy), weight.contiguous()
+    x, dy, weight = by_channel(x), by_channel(dy), weight.contiguous()
     bias, initial = (None if t is None else t.contiguous() for t in (bias, initial))
     (b, l, c), width = x.shape, weight.shape[1]
-    positions = l + (width - 1 if initial is not None else 0)
-    tokens = max(LEAST, triton.cdiv(positions, PARTS))
-    parts = triton.cdiv(positions, tokens)
+    tokens, parts = walks(l, width, initial)
     dx = torch.empty((b, l, c), dtype=x.dtype, device=x.device)
     dinitial = None if initial is None else torch.empty_like(initial)
     partial = x.new_empty(b, parts, 5, c, dtype=torch.float32)
     conv_backward_kernel[(parts, triton.cdiv(c, WALKED), b)](
         *(x, weight, bias, initial, code, dy, dx, dinitial, partial, l, c),
         *(x.stride(0), x.stride(1), dy.stride(0), dy.stride(1), tokens),
-        **_flags(bias, initial, code, silu, width),
+        **conv_flags(bias, initial, code, silu, width),
         BC=WALKED,
         num_warps=4,
     )
-    sums = partial.sum(dim=(0, 1))
-    return dx, sums[:width].flip(0).t().to(weight.dtype).contiguous(), sums[4].to(weight.dtype), dinitial
+    return dx, *parameter_gradients(partial, weight), dinitial
 
 
 def conv_step(x: Tensor, state: Tensor, weight: Tensor, bias: Tensor | None, silu: bool) -> tuple[Tensor, Tensor]:
     """y (b, c) and the new state (b, c, k−1) from x (b, c) and the state, by its strides."""
-    x, weight = _by_channel(x), weight.contiguous()
+    x, weight = by_channel(x), weight.contiguous()
     bias = None if bias is None else bias.contiguous()
     (b, c), width = x.shape, weight.shape[1]
     y = torch.empty((b, c), dtype=x.dtype, device=x.device)

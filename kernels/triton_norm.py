@@ -41,7 +41,7 @@ def norm_kernel(
 
 @triton.jit
 def norm_backward_kernel(
-    x, z, weight, rstd, dy, dsummed, dx, dz, partial, ROWS, STEPS, G, x_l, z_l, dy_l, dsummed_l,
+    x, z, weight, rstd, dy, dsummed, dx, dz, partial, ROWS, STEPS, G, x_l, z_l, dy_l, dsummed_l, dz_l,
     HAS_Z: tl.constexpr, HAS_DSUMMED: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """STEPS rows of one group: dx, dz and a partial dweight. x is what was normalised, dsummed its other gradient."""
@@ -69,7 +69,7 @@ def norm_backward_kernel(
         out = row * G * SIZE + ch
         if HAS_Z:
             dgate = dgated * v * sigmoid * (1.0 + gate * (1.0 - sigmoid))
-            tl.store(dz + out, dgate.to(dz.dtype.element_ty), mask=here)
+            tl.store(dz + row * dz_l + ch, dgate.to(dz.dtype.element_ty), mask=here)
             dgated = dgated * gate * sigmoid
         if HAS_DSUMMED:
             dgated += tl.load(dsummed + row * dsummed_l + ch, mask=here, other=0.0).to(tl.float32)
@@ -112,9 +112,17 @@ def norm_forward(
 
 
 def norm_backward(
-    dy: Tensor, dsummed: Tensor | None, x: Tensor, z: Tensor | None, weight: Tensor, rstd: Tensor, group_size: int
+    dy: Tensor,
+    dsummed: Tensor | None,
+    x: Tensor,
+    z: Tensor | None,
+    weight: Tensor,
+    rstd: Tensor,
+    group_size: int,
+    out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dx (of x + residual where there was one), dz or empty, dweight."""
+    """dx (of x + residual where there was one), dz (in ``out`` if given, like z with rows of one stride) or empty,
+    dweight."""
     shape, d = x.shape, x.shape[-1]
     x2, dy2 = _rows(x), _rows(dy)
     z2, dsummed2 = (x2 if t is None else _rows(t) for t in (z, dsummed))
@@ -122,12 +130,13 @@ def norm_backward(
     steps = max(1, triton.cdiv(rows, PARTS))
     parts = triton.cdiv(rows, steps)
     dx = torch.empty(shape, dtype=x.dtype, device=x.device)
-    dz = torch.empty(shape if z is not None else (0,), dtype=z2.dtype, device=x.device)
+    dz = torch.empty(shape if z is not None else (0,), dtype=z2.dtype, device=x.device) if out is None else out
+    dz2 = x2 if z is None else dz.view(-1, d)
     partial = x.new_empty(parts, d, dtype=torch.float32)
     block = triton.next_power_of_2(group_size)
     norm_backward_kernel[(parts, groups)](
-        *(x2, z2, weight.contiguous(), rstd, dy2, dsummed2, dx, dz, partial, rows, steps, groups),
-        *(x2.stride(0), z2.stride(0), dy2.stride(0), dsummed2.stride(0)),
+        *(x2, z2, weight.contiguous(), rstd, dy2, dsummed2, dx, dz2, partial, rows, steps, groups),
+        *(x2.stride(0), z2.stride(0), dy2.stride(0), dsummed2.stride(0), dz2.stride(0)),
         HAS_Z=z is not None,
         HAS_DSUMMED=dsummed is not None,
         SIZE=group_size,

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..kernels.columns import split_columns
 from .parts import local
 from .routing import Route, linear_by_entry
 
@@ -36,5 +37,5 @@ def project(x_TI: Tensor, weights: Sequence[Tensor], plan: Route) -> list[Tensor
         if group:
             packed = packed_linear(x_TI, [weights[i] for i in group], plan)
             widths = [local(weights[i]).shape[-2] for i in group]
-            outputs.update(zip(group, packed.split(widths, dim=-1), strict=True))
+            outputs.update(zip(group, split_columns(packed, widths), strict=True))
     return [outputs[i] for i in range(len(weights))]

@@ -40,7 +40,7 @@ class RecomputeConfig:
     __pydantic_config__ = {"extra": "forbid"}
 
 
-SCAN = ("polylepis::ssd_forward",)
+SCAN = ("polylepis::ssd_forward", "polylepis::mixer_forward")
 ATTENTION = (
     "aten::_scaled_dot_product_flash_attention",
     "aten::_scaled_dot_product_flash_attention_for_cpu",

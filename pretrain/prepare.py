@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from dataclasses import replace
 from datetime import timedelta
@@ -27,7 +28,7 @@ from .plan.loads import busiest_ranks, read_loads
 # What may change between the runs that share a folder: where and how long it trains, not what is trained on what.
 READING = ("data.micro_batch", "data.workers", "data.prefetch", "data.stall_seconds", "data.path")
 PLAN = ("mesh.", "context.", "pipeline.", "recompute.", "engine", "deepspeed.")
-FREE_KEYS = (*PLAN, "train.", "tracking.", "name", "folder", *READING)
+FREE_KEYS = (*PLAN, "train.", "tracking.", "health.", "name", "folder", *READING)
 
 
 def n_processes(config: RunConfig) -> int:
@@ -44,6 +45,11 @@ def check_run(config: RunConfig, world_size: int) -> None:
     mesh = config.mesh.resolve(world_size)
     config.model.check(mesh.tp)
     config.optim.check()
+    config.health.check()
+    if config.tracking.tensorboard and importlib.util.find_spec("tensorboard") is None:
+        raise ConfigError("tracking.tensorboard: not installed; pip install 'polylepis[tensorboard]'")
+    if config.tracking.peak_tflops < 0:
+        raise ConfigError(f"tracking.peak_tflops: must not be negative, not {config.tracking.peak_tflops}")
     if config.train.steps < 1:
         raise ConfigError(f"train.steps: must be at least 1, not {config.train.steps}")
     config.train.keep_rules()
@@ -80,6 +86,11 @@ def check_placement(config: RunConfig) -> None:
         raise ConfigError("train.placement: load needs engine: fsdp2, not deepspeed")
     if not train.checkpoint_every:
         raise ConfigError("train.placement: load happens every train.checkpoint_every steps, which is 0")
+    if config.health.spike == "act":
+        raise ConfigError(
+            "train.placement: load does not go with health.spike: act, whose states in memory do not know where "
+            "experts lay; accepted: placement dealt, or spike warn"
+        )
     if train.local_folder:
         raise ConfigError(
             "train.placement: load does not go with train.local_folder: local parts name the experts that lay on a "

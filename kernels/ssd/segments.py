@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..operators import use_triton
 from .api import ssd_core
-from .inputs import check_scan_shapes, expect_shape, resolve_seq_idx, segment_numbers
+from .inputs import accumulation_dtype, check_scan_shapes, expect_shape, resolve_seq_idx, segment_numbers
 from .operators import refusal, segment_code, ssd_backward, triton_chunks
 
 
@@ -25,14 +25,20 @@ class Segment(NamedTuple):
 
 
 class Kept(NamedTuple):
-    """What :func:`enter` takes over from :func:`summarise`; ``tensors`` is empty on the torch path."""
+    """What :func:`enter` takes over from :func:`summarise`; ``tensors`` is empty on the torch path.
+
+    y (b, l, h, p), on the torch path: the outputs for a state of zero.
+    """
 
     x: Tensor
     log_decay: Tensor
     scale: Tensor
     B: Tensor
+    C: Tensor
+    D: Tensor | None
     seq_idx: Tensor | None
     chunk_size: int
+    y: Tensor | None
     code: Tensor | None
     tensors: tuple[Tensor, ...]
 
@@ -48,12 +54,15 @@ def summarise(
     log_decay: Tensor,
     scale: Tensor,
     B: Tensor,
+    C: Tensor,
     *,
+    D: Tensor | None = None,
     seq_idx: Tensor | None = None,
     chunk_size: int = 64,
     backend: str = "auto",
 ) -> tuple[Segment, Kept]:
-    """The affine summary of a segment. Arguments as in :func:`polylepis.kernels.ssd.ssd_core`.
+    """The affine summary of a segment. Arguments as in :func:`polylepis.kernels.ssd.ssd_core`; C and D are for
+    :func:`enter`, and on the torch path, whose one scan gives the outputs for a state of zero as well, used here.
 
     Returns:
         (the segment's map, what :func:`enter` needs). Gradients reach x, log_decay, scale and B through the map.
@@ -61,7 +70,8 @@ def summarise(
     Raises:
         ValueError: shapes, devices or dtypes that do not fit.
     """
-    check_scan_shapes(x, {"log_decay": log_decay, "scale": scale}, B, B)
+    check_scan_shapes(x, {"log_decay": log_decay, "scale": scale}, B, C)
+    expect_shape("D", D, (x.shape[2],))
     seq_idx = resolve_seq_idx(seq_idx, None, x)
     if chunk_size < 1:
         raise ValueError(f"chunk_size is {chunk_size}, expected at least 1")
@@ -72,48 +82,53 @@ def summarise(
         total = total.masked_fill((segments[:, -1] != 0)[:, None], -torch.inf)
     else:
         total = total.sum(dim=1)
-    tensors: dict[str, Tensor | None] = {"x": x, "log_decay": log_decay, "scale": scale, "B": B}
+    tensors: dict[str, Tensor | None] = {"x": x, "log_decay": log_decay, "scale": scale, "B": B, "C": C, "D": D}
     if not use_triton(backend, tensors, refusal(tensors)):
         options: dict[str, Any] = {"seq_idx": seq_idx, "chunk_size": chunk_size, "backend": "torch"}
-        _, state = ssd_core(x, log_decay, scale, B, B, return_final_states=True, **options)
-        return Segment(state, total), Kept(x, log_decay, scale, B, seq_idx, chunk_size, None, ())
+        y, state = ssd_core(x, log_decay, scale, B, C, D=D, return_final_states=True, **options)
+        return Segment(state, total), Kept(x, log_decay, scale, B, C, D, seq_idx, chunk_size, y, None, ())
     code, chunks = segment_code(seq_idx), triton_chunks(x, B, B, chunk_size, True)
     state, *tensors_kept = ssd_segment(x, log_decay, scale, B, code, *chunks)
-    return Segment(state, total), Kept(x, log_decay, scale, B, seq_idx, chunk_size, code, tuple(tensors_kept))
+    return Segment(state, total), Kept(
+        *(x, log_decay, scale, B, C, D, seq_idx, chunk_size, None, code, tuple(tensors_kept))
+    )
 
 
-def enter(kept: Kept, C: Tensor, entry: Tensor, *, D: Tensor | None = None) -> Tensor:
+def enter(kept: Kept, entry: Tensor) -> Tensor:
     """The outputs of a summarised segment when the state ``entry`` (b, h, p, n) enters it.
 
-    Args:
-        C: like B. D: (h,).
-
     Returns:
-        y like x; gradients reach C, D, entry and, for what y owes them, every argument of :func:`summarise`.
+        y like x; gradients reach entry and, for what y owes them, every argument of :func:`summarise`.
 
     Raises:
         ValueError: shapes that do not fit.
     """
-    x, B = kept.x, kept.B
+    x, B, C, D = kept.x, kept.B, kept.C, kept.D
     b, _, h, p = x.shape
-    expect_shape("C", C, tuple(B.shape))
     expect_shape("entry", entry, (b, h, p, B.shape[3]))
-    expect_shape("D", D, (h,))
-    if not kept.tensors:
-        y = ssd_core(
-            *(x, kept.log_decay, kept.scale, B, C),
-            D=D,
-            initial_states=entry,
-            seq_idx=kept.seq_idx,
-            chunk_size=kept.chunk_size,
-            backend="torch",
-        )
-        assert isinstance(y, Tensor)
-        return y
-    tensors: dict[str, Tensor | None] = {"x": x, "C": C, "D": D, "entry": entry, "B": B}
+    if kept.y is not None:
+        return kept.y + _reached(kept, entry).to(kept.y.dtype)
+    tensors: dict[str, Tensor | None] = {"x": x, "entry": entry, "B": B}
     use_triton("triton", tensors, refusal(tensors))
     chunks = triton_chunks(x, B, B, kept.chunk_size, True)
     return ssd_entered(x, kept.log_decay, kept.scale, B, C, D, entry, kept.code, *kept.tensors, *chunks)
+
+
+def _reached(kept: Kept, entry: Tensor) -> Tensor:
+    """What the entering state adds to y: exp(Σ a up to the token)·entry·C, in the first segment of each row."""
+    dtype = accumulation_dtype(kept.x, kept.log_decay, entry)
+    decay = kept.log_decay.to(dtype)
+    reached = None
+    if kept.seq_idx is not None:
+        segments, valid = segment_numbers(kept.seq_idx)
+        reached = (valid & (segments == 0))[..., None]
+        decay = decay.where(reached, 0.0)
+    reach = decay.cumsum(dim=1).exp()
+    if reached is not None:
+        reach = reach * reached
+    groups = entry.to(dtype).unflatten(1, (kept.C.shape[2], -1))
+    seen = torch.einsum("blgn,bgrpn->blgrp", kept.C.to(dtype), groups).flatten(2, 3)
+    return seen * reach[..., None]
 
 
 def _plan(x: Tensor, log_decay: Tensor, scale: Tensor, B: Tensor, C: Tensor, D: Any, code: Any, chunk: int) -> Any:

@@ -232,7 +232,7 @@ def decay_kernel(
     A,
     bias,
     scale,
-    dfirst,  # (b, L, H): ddt or dlog_decay
+    dfirst,  # (b, L, H) by its strides, heads contiguous: ddt or dlog_decay
     dsecond,  # (b, L, H): dscale, unless DISCRETISE
     dA,  # (b, C, H) float32: partials
     dbias,  # (b, C, H) float32: partials
@@ -243,6 +243,8 @@ def decay_kernel(
     first_b,
     first_l,
     first_h,
+    dfirst_b,
+    dfirst_l,
     low,
     high,
     TILES: tl.constexpr,
@@ -284,7 +286,7 @@ def decay_kernel(
     ds = tl.load(dscale + line + i) + per_scale
     if HAS_CODE:
         ds = tl.where((codes & 1) == 0, ds, 0.0)
-    place = (b * L + t) * H + h
+    place = b * dfirst_b + t * dfirst_l + h
     if DISCRETISE:
         v = tl.load(first_in + b * first_b + t * first_l + h * first_h, mask=t < L, other=0.0).to(tl.float32)
         if HAS_BIAS:
@@ -304,4 +306,4 @@ def decay_kernel(
         tl.store(dfirst + place, ddt.to(dfirst.dtype.element_ty), mask=t < L)
     else:
         tl.store(dfirst + place, dlog.to(dfirst.dtype.element_ty), mask=t < L)
-        tl.store(dsecond + place, ds.to(dsecond.dtype.element_ty), mask=t < L)
+        tl.store(dsecond + (b * L + t) * H + h, ds.to(dsecond.dtype.element_ty), mask=t < L)

@@ -1,9 +1,8 @@
 """Launch configurations of the SSD kernels: a table, not a search, so that the first step is not spent on tuning.
 
 :data:`.triton_table.TABLE` is keyed by (architecture, P, N, precision, Triton minor version); what is not listed takes
-the first of its precision's two to four candidates per kernel. ``python -m benchmarks.gpu --tune`` times the candidates
-on the device at hand and rewrites the table. A configuration is fixed before the launch: results never depend on
-timing noise.
+the first of its precision's two to four candidates per kernel. ``polylepis bench tune`` times the candidates on the
+device at hand and rewrites the table. A configuration is fixed before the launch: results never depend on timing noise.
 """
 
 from typing import NamedTuple

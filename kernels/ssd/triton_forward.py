@@ -35,6 +35,39 @@ def chunk_segments(code, b, c, L, Q: tl.constexpr):
 
 
 @triton.jit
+def prep_tile(
+    first, second, bias, code, cs, scale, b, c, h, L, H, Lp, first_b, first_l, first_h, second_b, second_l, second_h,
+    low, high, DISCRETISE: tl.constexpr, SOFTPLUS: tl.constexpr, CLAMP: tl.constexpr, HAS_BIAS: tl.constexpr,
+    HAS_CODE: tl.constexpr, Q: tl.constexpr,
+):  # fmt: skip
+    """cs and scale of chunk c and the heads h; padding and the tail become identities of the recurrence."""
+    t = c * Q + tl.arange(0, Q)
+    inside = (t < L)[:, None] & (h < H)[None, :]
+    h64 = h.to(tl.int64)
+    v = tl.load(first + b * first_b + t[:, None] * first_l + h64[None, :] * first_h, mask=inside, other=0.0)
+    v = v.to(tl.float32)
+    if DISCRETISE:
+        if HAS_BIAS:
+            v += tl.load(bias + h, mask=h < H, other=0.0).to(tl.float32)[None, :]
+        if SOFTPLUS:
+            v = softplus(v)
+        if CLAMP:
+            v = tl.minimum(tl.maximum(v, low), high)
+        s = v
+        v = v * tl.load(second + h * second_h, mask=h < H, other=0.0).to(tl.float32)[None, :]
+    else:
+        s = tl.load(second + b * second_b + t[:, None] * second_l + h64[None, :] * second_h, mask=inside, other=0.0)
+        s = s.to(tl.float32)
+    if HAS_CODE:
+        inside = inside & ((tl.load(code + b * L + t, mask=t < L, other=1) & 1) == 0)[:, None]
+    v = tl.where(inside, tl.maximum(v * LOG2E, LOWEST), 0.0)
+    s = tl.where(inside, s, 0.0)
+    out = (b * H + h64[None, :]) * Lp + t[:, None]
+    tl.store(cs + out, tl.cumsum(v, axis=0), mask=(h < H)[None, :])
+    tl.store(scale + out, s, mask=(h < H)[None, :])
+
+
+@triton.jit
 def prep_kernel(
     first,  # DISCRETISE: dt, else log_decay; (b, L, H) by its strides
     second,  # DISCRETISE: A (H,), else scale (b, L, H) by its strides
@@ -61,33 +94,13 @@ def prep_kernel(
     Q: tl.constexpr,
     BH: tl.constexpr,
 ):
-    """cs and scale of one chunk and BH heads; padding and the tail become identities of the recurrence."""
+    """cs and scale of one chunk and BH heads."""
     c, b = tl.program_id(0).to(tl.int64), tl.program_id(2).to(tl.int64)
     h = tl.program_id(1) * BH + tl.arange(0, BH)
-    t = c * Q + tl.arange(0, Q)
-    inside = (t < L)[:, None] & (h < H)[None, :]
-    h64 = h.to(tl.int64)
-    v = tl.load(first + b * first_b + t[:, None] * first_l + h64[None, :] * first_h, mask=inside, other=0.0)
-    v = v.to(tl.float32)
-    if DISCRETISE:
-        if HAS_BIAS:
-            v += tl.load(bias + h, mask=h < H, other=0.0).to(tl.float32)[None, :]
-        if SOFTPLUS:
-            v = softplus(v)
-        if CLAMP:
-            v = tl.minimum(tl.maximum(v, low), high)
-        s = v
-        v = v * tl.load(second + h * second_h, mask=h < H, other=0.0).to(tl.float32)[None, :]
-    else:
-        s = tl.load(second + b * second_b + t[:, None] * second_l + h64[None, :] * second_h, mask=inside, other=0.0)
-        s = s.to(tl.float32)
-    if HAS_CODE:
-        inside = inside & ((tl.load(code + b * L + t, mask=t < L, other=1) & 1) == 0)[:, None]
-    v = tl.where(inside, tl.maximum(v * LOG2E, LOWEST), 0.0)
-    s = tl.where(inside, s, 0.0)
-    out = (b * H + h64[None, :]) * Lp + t[:, None]
-    tl.store(cs + out, tl.cumsum(v, axis=0), mask=(h < H)[None, :])
-    tl.store(scale + out, s, mask=(h < H)[None, :])
+    prep_tile(
+        first, second, bias, code, cs, scale, b, c, h, L, H, Lp, first_b, first_l, first_h, second_b, second_l,
+        second_h, low, high, DISCRETISE, SOFTPLUS, CLAMP, HAS_BIAS, HAS_CODE, Q,
+    )  # fmt: skip
 
 
 @triton.jit

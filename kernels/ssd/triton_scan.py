@@ -233,15 +233,28 @@ class Gradients(NamedTuple):
     initial: Tensor
 
 
-def gradients(scan: Scan, cs: Tensor, scale: Tensor, states: Tensor, dy: Tensor, dfinal: Tensor | None) -> Gradients:
-    """Every gradient of the scan; ``states`` enter each chunk, dy (b, l, h, p), dfinal (b, h, p, n) or None."""
+def gradients(
+    scan: Scan,
+    cs: Tensor,
+    scale: Tensor,
+    states: Tensor,
+    dy: Tensor,
+    dfinal: Tensor | None,
+    dfirst: Tensor | None = None,
+) -> Gradients:
+    """Every gradient of the scan.
+
+    Args:
+        states: enter each chunk. dy: (b, l, h, p). dfinal: (b, h, p, n) or None.
+        dfirst: (b, l, h) with contiguous heads, where the gradient of ``first`` goes; a new tensor otherwise.
+    """
     dy = by_token(dy)
     dleft, dinitial, dots = pass_states(scan, cs, scale, dfinal, dy=dy, entered=states)
     assert dots is not None
     dx, dsim, parts, dskip = _token_gradients(scan, cs, scale, dleft, dy)
     dC, dopen = _group_gradients(scan, cs, scale, states, dsim, dy)
     dB, dgiven = _group_gradients(scan, cs, scale, dleft, dsim, None)
-    dfirst, dsecond, dbias = _decay_gradients(scan, scale, (*parts, dopen, dgiven, dots))
+    dfirst, dsecond, dbias = _decay_gradients(scan, scale, (*parts, dopen, dgiven, dots), dfirst)
     dD = None if scan.D is None or dskip is None else dskip.sum(dim=(0, 1)).to(scan.D.dtype)
     return Gradients(dx, dfirst, dsecond, dbias, dB, dC, dD, dinitial)
 
@@ -298,18 +311,21 @@ def _group_gradients(
     return (grad[0] if splits == 1 else grad.sum(dim=0).to(mine.dtype)), dlink
 
 
-def _decay_gradients(scan: Scan, scale: Tensor, parts: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor | None]:
+def _decay_gradients(
+    scan: Scan, scale: Tensor, parts: tuple[Tensor, ...], dfirst: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
     """Gradients of first, second and bias."""
     b, l, h, *_ = scan.sizes
     drow, dcol, dscale, dopen, dgiven, dots = parts
     how, launch = scan.how, scan.config.decay
     new = scale.new_empty
-    dfirst = new(b, l, h, dtype=scan.first.dtype)
+    dfirst = new(b, l, h, dtype=scan.first.dtype) if dfirst is None else dfirst
     dsecond = new(0) if how.on else new(b, l, h, dtype=scan.second.dtype)
     dA, dbias = (new((b, scan.chunks, h) if how.on else (0,)) for _ in range(2))
     backward.decay_kernel[(scan.chunks, h, b)](
         *(drow, dcol, dopen, dgiven, dots, dscale, scan.code, scan.first, scan.second, scan.bias, scale),
-        *(dfirst, dsecond, dA, dbias, l, h, scan.chunks, scan.padded, *scan.first.stride(), how.low, how.high),
+        *(dfirst, dsecond, dA, dbias, l, h, scan.chunks, scan.padded, *scan.first.stride()),
+        *(dfirst.stride(0), dfirst.stride(1), how.low, how.high),
         TILES=drow.shape[0],
         BLOCKS=dots.shape[0],
         **how.flags,

@@ -1,4 +1,4 @@
-"""The tuned launch configurations; written by ``python -m benchmarks.gpu --tune`` on the device that they are for."""
+"""The tuned launch configurations; written by ``polylepis bench tune`` on the device that they are for."""
 
 from .triton_config import FLOAT, HALF, LARGE, ScanConfig
 

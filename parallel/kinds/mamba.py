@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ...kernels.conv import causal_conv1d
 from ...kernels.norm import gated_rms_norm
-from ...kernels.ssd import ssd, ssd_core
+from ...kernels.ssd import ssd_core, ssd_mixer
 from ..errors import PlanError
 from ..layout import HALO, Layout
 from ..linear import packed_linear, project
@@ -36,6 +36,7 @@ class MambaConfig:
 
     Attributes:
         expand: inner width over d_model.
+        width: the inner width where it is no multiple of d_model (some published models), None for expand·d_model.
         d_state, head_dim, n_groups: N, P and G of SSD; heads = expand · d_model / head_dim.
         d_conv: width of the causal convolution over x, B and C.
         chunk_size: tiling of SSD (no effect on the numbers).
@@ -45,6 +46,7 @@ class MambaConfig:
     """
 
     expand: int = 2
+    width: int | None = None
     d_state: int = 128
     head_dim: int = 64
     n_groups: int = 8
@@ -59,7 +61,7 @@ class MambaConfig:
     __pydantic_config__ = {"extra": "forbid"}
 
     def d_inner(self, shape: Shape) -> int:
-        return self.expand * shape.d_model
+        return self.expand * shape.d_model if self.width is None else self.width
 
     def n_heads(self, shape: Shape) -> int:
         return self.d_inner(shape) // self.head_dim
@@ -72,7 +74,8 @@ def check(config: MambaConfig, shape: Shape, tp: int) -> None:
     if unknown:
         raise PlanError(f"model.mamba.routed: {', '.join(unknown)} cannot be routed; accepted: {', '.join(ROUTABLE)}")
     if d_inner % config.head_dim:
-        raise PlanError(f"model.mamba: expand·d_model = {d_inner} is not divisible by head_dim {config.head_dim}")
+        name = "expand·d_model" if config.width is None else "width"
+        raise PlanError(f"model.mamba: {name} = {d_inner} is not divisible by head_dim {config.head_dim}")
     if not 1 <= config.d_conv <= HALO + 1:
         raise PlanError(f"model.mamba.d_conv: {config.d_conv} is outside 1 to {HALO + 1}")
     if heads % config.n_groups:
@@ -129,6 +132,7 @@ class Mamba(Mixer):
         super().__init__(config, shape, mesh, placed(config, parts, mesh.tp_size))
         self.n_heads = config.n_heads(shape) // mesh.tp_size
         self.n_groups = 1 if self.spans_ranks else config.n_groups // mesh.tp_size
+        self.norm_group_size = config.d_inner(shape) // config.n_groups
 
         # For schedules that compute gradients of weights apart from those of inputs: an operator that takes a parameter
         # would run its whole backward twice, so A, dt_bias and D then stay outside of the scan.
@@ -139,27 +143,20 @@ class Mamba(Mixer):
             by_heads = layout.context.mesh.context.mamba == "heads"
             return (over_heads if by_heads else pass_states)(self, h_TD, layout, layout.context)
         z, x, B, C, dt = self.project(h_TD, layout.modality, PROJECTIONS)
-        weight, bias = self.conv_parameters()
-        convolved = causal_conv1d(torch.cat((x, B, C), dim=-1)[None], weight, bias, seq_idx=layout.seq_idx)
-        assert isinstance(convolved, Tensor)
-        y = self._scan(convolved, dt[None], layout.modality, layout.seq_idx)[0]
-        return self.out(y[0], z, layout.modality)
+        if self.split_backward:
+            y = self._scan_apart(torch.cat((x, B, C), dim=-1)[None], dt[None], layout.modality, layout.seq_idx)
+            return self.out(y[0], z, layout.modality)
+        inputs = [value[None] for value in (z, x, B, C, dt)]
+        y = self._mix(inputs, layout.modality, layout.seq_idx)[0]
+        return self.after_mixing(y[0], z, layout.modality)
 
     def extend(self, h_bsD: Tensor, new: NewTokens, cache: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         b, s, _ = h_bsD.shape
         z, x, B, C, dt = self.project(flat(h_bsD), new.modality, PROJECTIONS)
-        weight, bias = self.conv_parameters()
-        xBC, conv_state = causal_conv1d(
-            torch.cat((x, B, C), dim=-1).view(b, s, -1),
-            weight,
-            bias,
-            seq_idx=new.seq_idx,
-            initial_state=cache.get("conv"),
-            return_final_state=True,
-        )
-        y, state = self._scan(xBC, dt.view(b, s, -1), new.modality, new.seq_idx, cache.get("ssm"))
-        out = self.out(flat(y), z, new.modality)
-        return out.view(b, s, -1), {"conv": conv_state, "ssm": state}
+        inputs = [value.view(b, s, -1) for value in (z, x, B, C, dt)]
+        y, *states = self._mix(inputs, new.modality, new.seq_idx, cache)
+        out = self.after_mixing(flat(y), z, new.modality)
+        return out.view(b, s, -1), {"ssm": states[0], "conv": states[1]}
 
     def project(self, h_TD: Tensor, plan: Route, names: Sequence[str]) -> list[Tensor]:
         """[T, D] → one [T, width] per named projection, for this rank's heads and groups."""
@@ -188,31 +185,38 @@ class Mamba(Mixer):
         x, B, C = xBC.split((n_heads * self.config.head_dim, *[n_groups * self.config.d_state] * 2), dim=-1)
         return x.unflatten(-1, (n_heads, -1)), B.unflatten(-1, (n_groups, -1)), C.unflatten(-1, (n_groups, -1))
 
-    def _scan(
-        self, xBC: Tensor, dt: Tensor, plan: Route, seq_idx: Tensor, state: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """[b, l, x|B|C] → y [b, l, I] and the final state [b, H, P, N]."""
-        x, B, C = self.split(xBC, self.n_heads, self.n_groups)
-        if self.split_backward and state is None:
-            wide = dt.to(torch.promote_types(dt.dtype, torch.float32)) + self.bias_of_dt(plan, dt.shape)
-            y, final = self.scan_outside(x, wide, self.decay_rate(xBC.dtype), B, C, local(self.D), seq_idx)
-            return y.flatten(-2), final
-        outputs = ssd(
-            x,
-            dt,
-            self.decay_rate(xBC.dtype),
-            B,
-            C,
-            self.config.chunk_size,
+    def _mix(
+        self, inputs: Sequence[Tensor], plan: Route, seq_idx: Tensor, cache: Mapping[str, Tensor] | None = None
+    ) -> tuple[Tensor, ...]:
+        """z, x, B, C, dt, each [b, l, width] → y [b, l, I], normed unless that spans ranks; both states if cached."""
+        z, x, B, C, dt = inputs
+        weight, bias = self.conv_parameters()
+        norm = {} if self.spans_ranks else {"z": z, "norm_weight": local(self.norm.weight)}
+        outputs = ssd_mixer(
+            *(x, dt, self.decay_rate(x.dtype), B, C, weight, bias),
+            **norm,
+            n_groups=self.n_groups,
+            norm_group_size=self.norm_group_size,
+            norm_eps=self.shape.norm_eps,
             D=local(self.D),
             dt_bias=self.bias_of_dt(plan, dt.shape),
-            dt_softplus=True,
-            initial_states=state,
+            conv_state=None if cache is None else cache.get("conv"),
+            initial_states=None if cache is None else cache.get("ssm"),
             seq_idx=seq_idx,
-            return_final_states=True,
+            chunk_size=self.config.chunk_size,
+            return_final_states=cache is not None,
         )
-        assert isinstance(outputs, tuple)
-        return outputs[0].flatten(-2), outputs[1]
+        return outputs if isinstance(outputs, tuple) else (outputs,)
+
+    def _scan_apart(self, xBC: Tensor, dt: Tensor, plan: Route, seq_idx: Tensor) -> Tensor:
+        """[1, T, x|B|C] → y [1, T, I], with the convolution and every parameter of the scan outside of the operator."""
+        weight, bias = self.conv_parameters()
+        convolved = causal_conv1d(xBC, weight, bias, seq_idx=seq_idx)
+        assert isinstance(convolved, Tensor)
+        x, B, C = self.split(convolved, self.n_heads, self.n_groups)
+        wide = dt.to(torch.promote_types(dt.dtype, torch.float32)) + self.bias_of_dt(plan, dt.shape)
+        y, _ = self.scan_outside(x, wide, self.decay_rate(xBC.dtype), B, C, local(self.D), seq_idx)
+        return y.flatten(-2)
 
     def scan_outside(
         self, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, seq_idx: Tensor
@@ -239,12 +243,15 @@ class Mamba(Mixer):
 
     def out(self, y: Tensor, z: Tensor, plan: Route) -> Tensor:
         """Gate, norm and out-projection: y, z [T, I] → [T, D], to be summed over tp."""
-        group_size = self.config.d_inner(self.shape) // self.config.n_groups
-        weight, eps = local(self.norm.weight), self.shape.norm_eps
+        if not self.spans_ranks:
+            weight, eps = local(self.norm.weight), self.shape.norm_eps
+            y = gated_rms_norm(y, z, weight, group_size=self.norm_group_size, eps=eps)
+        return self.after_mixing(y, z, plan)
+
+    def after_mixing(self, y: Tensor, z: Tensor, plan: Route) -> Tensor:
+        """The out-projection, and before it the gate and norm where they span ranks; otherwise y has had them."""
         if self.spans_ranks:
-            y = self._norm_across_ranks(y, z, weight, group_size)
-        else:
-            y = gated_rms_norm(y, z, weight, group_size=group_size, eps=eps)
+            y = self._norm_across_ranks(y, z, local(self.norm.weight), self.norm_group_size)
         return packed_linear(y, [self.out_proj.weight], plan)
 
     def _norm_across_ranks(self, y: Tensor, z: Tensor, weight: Tensor, group_size: int) -> Tensor:
@@ -303,10 +310,11 @@ def saved(config: MambaConfig, shape: Shape, load: Load) -> float:
     # What stays of the projections is z, a view of all that was projected with it.
     kept = sum(widths[p] for p in (routed if "z" in routed else shared))
     inputs = 2 if routed and shared and load.modalities > 1 else 1  # as it came, and sorted
-    token = a * (inputs * d + kept + 2 * channels + 2 * inner) + wide * max(1, config.n_groups // load.tp)
+    token = a * (inputs * d + 2 * inner) + wide * max(1, config.n_groups // load.tp)
     if load.kernels == "torch":
         chunk = _chunk(config, T)
         chunks = -(-T // chunk)
+        token += a * (kept + 2 * channels)
         token += wide * (channels + 5 * heads) + a * bc + 18  # conv before SiLU, decays, masked C, document numbers
         token += 0 if a == wide else wide * inner  # D·x in float32
         fixed = wide * (chunks + 1) * inner * config.d_state
@@ -315,8 +323,8 @@ def saved(config: MambaConfig, shape: Shape, load: Load) -> float:
             token -= a * bc + 2 * wide * heads
             fixed += chunks * chunk * (a * channels + 2 * wide * heads)
     else:
-        token, fixed = token + 8, 0  # document codes of convolution and scan
-        token += a * heads if 0 < len(routed) and ("dt" in routed) != ("z" in routed) else 0
+        # one operator keeps all that was projected, and computes what it convolved again
+        token, fixed = token + 8 + a * sum(widths.values()), 0  # 8: document codes of convolution and scan
     if "dt_bias" in config.routed:
         token += a * len(shape.modalities)
     if config.n_groups % load.tp:  # the norm across ranks keeps its factors
@@ -328,14 +336,15 @@ def saved(config: MambaConfig, shape: Shape, load: Load) -> float:
 
 
 def kept(config: MambaConfig, shape: Shape, load: Load) -> float:
-    """Shared in-projections that widen, and the scan where it is an operator (Triton)."""
+    """Shared in-projections that widen, and the operator between the projections (Triton)."""
     inner, bc, heads = _local_widths(config, shape, load.tp)
     widths = {"z": inner, "x": inner, "B": bc, "C": bc, "dt": heads}
     shared = sum(width for p, width in widths.items() if p not in config.routed)
     token = load.itemsize * (shared if shared > shape.d_model else 0)
     if load.kernels == "torch":
         return load.tokens * token
-    return load.tokens * (token + load.itemsize * inner + 8 * heads) + 4 * inner * config.d_state
+    token += load.itemsize * 2 * inner + 4 * max(1, config.n_groups // load.tp)  # before and after the norm, 1/rms
+    return load.tokens * token + 4 * inner * config.d_state
 
 
 def hf_keys(config: MambaConfig) -> tuple[HFKey, ...]:

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...kernels.conv import causal_conv1d
-from ...kernels.ssd import ssd, ssd_core
+from ...kernels.ssd import enter, ssd, summarise
 from ..context import Context, StateExchange, exchange_halo, halo_places, share_heads, to_heads, to_sequence
 from ..layout import HALO, Layout
 from ..parts import local
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def pass_states(mixer: Mamba, h_TD: Tensor, layout: Layout, context: Context) -> Tensor:
-    """Each segment scans from a zero state; the state that enters it is added afterwards, as the scan is linear in it.
+    """Each segment is summarised; the state that enters it joins its outputs, as the scan is affine in it.
 
     Two small exchanges: the convolution's halo, on the layer input, and the segments' summaries, which travel while z
     is projected. Volume per rank: segments · 3 · D and segments · H · (P·N + 1), whatever the sequence length.
@@ -41,28 +41,20 @@ def pass_states(mixer: Mamba, h_TD: Tensor, layout: Layout, context: Context) ->
     scale = F.softplus(dt + mixer.bias_of_dt(layout.modality, dt.shape))
     own = seq_idx[:, HALO:]
     log_decay = (scale * mixer.decay_rate(dt.dtype)).where(own[..., None] >= 0, 0.0)
-    outputs = ssd_core(
-        x,
-        log_decay,
-        scale,
-        B,
-        C,
+    segment, kept = summarise(
+        *(x, log_decay, scale, B, C),
         D=None if mixer.split_backward else local(mixer.D),
         seq_idx=own,
         chunk_size=mixer.config.chunk_size,
-        return_final_states=True,
     )
-    assert isinstance(outputs, tuple)
-    y, final = outputs
+    exchange = StateExchange(segment.state, segment.log_decay.to(segment.state.dtype), context)
+    (z,) = mixer.project(h_TD, layout.modality, ("z",))
+    # The scan counts leading padding to the document that follows it; nothing enters where that is a new one. A product
+    # keeps the graph, and so the backward collective, on every rank.
+    joined = context.entering.any(dim=1)[:, None, None, None]
+    y = enter(kept, exchange.entering_states() * joined)
     if mixer.split_backward:
         y = skip(y, x, local(mixer.D))
-    decayed = log_decay.to(final.dtype).cumsum(dim=1)
-    exchange = StateExchange(final, decayed[:, -1], context)
-    (z,) = mixer.project(h_TD, layout.modality, ("z",))
-    entering = exchange.entering_states().unflatten(1, (mixer.n_groups, -1))
-    reach = decayed.where(context.entering[..., None], 0.0).exp() * context.entering[..., None]
-    seen = torch.einsum("slgn,sgrpn->slgrp", C.to(final.dtype), entering).flatten(2, 3)
-    y = y + (seen * reach[..., None]).to(y.dtype)
     return mixer.out(y.flatten(2).flatten(0, 1), z, layout.modality)
 
 

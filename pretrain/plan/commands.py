@@ -1,4 +1,4 @@
-"""`polylepis plan` and `polylepis bench layers`."""
+"""`polylepis plan`, `polylepis bench layers` and `polylepis bench tune`."""
 
 from __future__ import annotations
 
@@ -121,3 +121,14 @@ def bench_layers(config: str, overrides: tuple[str, ...], out: Path | None, repe
         values = json.loads(key)
         click.echo(f"{values['kind']:<10} forward {forward * 1e3:>9.3f} ms  backward {backward * 1e3:>9.3f} ms")
     click.echo(f"table: {path}")
+
+
+@bench.command("tune")
+def bench_tune() -> None:
+    """Time the launch candidates of the scan's kernels on this GPU and rewrite their table in the package.
+
+    The table is keyed by architecture, shape and Triton version; a run looks it up and never tunes by itself.
+    """
+    from ...kernels.ssd.tune import tune
+
+    tune(say=click.echo)

@@ -27,13 +27,13 @@ def results(ids: Tensor | None, backend: str, dtype: torch.dtype, cut: bool) -> 
         for a, b in zip(CUTS[:-1], CUTS[1:], strict=True):
             x, decay, scale, B, C = (t[n][:, a:b] for n in names)
             part = None if ids is None else ids[:, a:b]
-            parts.append((*summarise(x, decay, scale, B, seq_idx=part, chunk_size=16, backend=backend), C))
+            parts.append(summarise(x, decay, scale, B, C, D=D, seq_idx=part, chunk_size=16, backend=backend))
         whole = Segment(start, torch.zeros(start.shape[:2], dtype=dtype))
         outs = []
-        for index, (segment, kept, C) in enumerate(parts):
+        for index, (segment, kept) in enumerate(parts):
             opens = ids is not None and index and ids[0, CUTS[index]] not in (-1, ids[0, CUTS[index] - 1])
             entry = torch.zeros_like(whole.state) if opens else whole.state
-            outs.append(enter(kept, C, entry, D=D))
+            outs.append(enter(kept, entry))
             whole = combine(Segment(entry, whole.log_decay), segment)
         y, final = torch.cat(outs, dim=1), whole.state
     rng = torch.Generator().manual_seed(1)

@@ -172,6 +172,41 @@ def row_uses(dtype: torch.dtype) -> list[Use]:
     return out
 
 
+def mixer_uses(dtype: torch.dtype, packed: bool) -> list[Use]:
+    """What the layer's operator launches beside the scan's kernels: the prep of both chunk sizes, and the backward."""
+    from polylepis.kernels.ssd import triton_mixer, triton_scan
+    from polylepis.kernels.ssd.triton_config import chunks_of
+
+    b, l, h, g, inner, state = 1, 4096, 128, 8, 8192, 1024
+    target, triton_scan._target = triton_scan._target, lambda: (90, int(triton.__version__.split(".")[1]))
+
+    def new(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    code = new(b, l, dtype=torch.int32) if packed else None
+    # views of one projection, as the layer has them
+    _, x, B, C, dt = new(b, l, 2 * inner + 2 * state + h).split((inner, inner, state, state, h), dim=-1)
+    start = new(b, inner + 2 * state, 3) if packed else None
+    weight, bias = new(inner + 2 * state, 4), new(inner + 2 * state)
+    per_head = [new(h, dtype=torch.float32) for _ in range(3)]
+    how = triton_scan.Discretisation(True, True, 0.0, float("inf"))
+    uses: list[Use] = []
+    try:
+        conv = triton_mixer.Convolution.of((x, B, C), weight, bias, start, code, True)
+        decays = triton_mixer.Decays(dt, per_head[0], per_head[1], per_head[2], code, how, g)
+        for chunk in chunks_of(dtype, False):
+            with recording([triton_mixer], f" {str(dtype)[6:]} Q{chunk}{' packed' if packed else ''}") as out:
+                triton_mixer.prepare(conv, decays, chunk)
+            uses += out
+        with recording([triton_mixer], f" {str(dtype)[6:]}{' packed' if packed else ''}") as out:
+            dx, dB, dC = new(b, l, inner), new(b, l, state), new(b, l, state)
+            triton_mixer.conv_gradients(conv, dx, dB, dC, new(b, l, 18560)[..., inner:-h])
+        uses += out
+    finally:
+        triton_scan._target = target
+    return uses
+
+
 def table(uses: list[Use]) -> str:
     lines = ["| kernel | warps, stages | registers | stack B | shared KB |", "|---|---|---|---|---|"]
     lines += [
@@ -185,5 +220,5 @@ def table(uses: list[Use]) -> str:
 if __name__ == "__main__":
     every: list[Use] = []
     for kind, documents in ((torch.bfloat16, False), (torch.bfloat16, True), (torch.float32, True)):
-        every += scan_uses(kind, documents)
+        every += scan_uses(kind, documents) + mixer_uses(kind, documents)
     print(table(every + row_uses(torch.bfloat16)))

@@ -31,7 +31,7 @@ def test_combination_is_associative() -> None:
 def test_refusals() -> None:
     x, decay, B = torch.randn(1, 5, 2, 3), -torch.rand(1, 5, 2), torch.randn(1, 5, 1, 4)
     with pytest.raises(ValueError, match="scale has shape"):
-        summarise(x, decay, decay[:, :4], B)
-    _, kept = summarise(x, decay, decay, B)
+        summarise(x, decay, decay[:, :4], B, B)
+    _, kept = summarise(x, decay, decay, B, B)
     with pytest.raises(ValueError, match="entry has shape"):
-        enter(kept, B, torch.zeros(1, 2, 3, 3))
+        enter(kept, torch.zeros(1, 2, 3, 3))

@@ -18,7 +18,7 @@ if sys.platform != "linux":
     pytest.skip("Triton compiles on Linux only", allow_module_level=True)
 sys.path.insert(0, str(Path(__file__).parent))
 import triton
-from static_gate import Use, row_uses, scan_uses
+from static_gate import Use, mixer_uses, row_uses, scan_uses
 
 from polylepis.kernels.ssd.triton_config import HALF, HALVES
 
@@ -44,6 +44,13 @@ def check(uses: list[Use]) -> None:
 def test_scan(dtype: torch.dtype, packed: bool) -> None:
     uses = scan_uses(dtype, packed, segments=packed and dtype == torch.bfloat16)
     assert len({use.kernel.split()[0] for use in uses}) == 6
+    check(uses)
+
+
+@pytest.mark.parametrize("dtype, packed", [(torch.bfloat16, False), (torch.bfloat16, True), (torch.float32, True)])
+def test_layer(dtype: torch.dtype, packed: bool) -> None:
+    uses = mixer_uses(dtype, packed)
+    assert len({use.kernel.split()[0] for use in uses}) == 2
     check(uses)
 
 

@@ -1,0 +1,191 @@
+"""A Mamba-2 layer between its projections: convolution, scan and gated norm as one operator with one gradient buffer.
+
+On the Triton path one launch convolves x, B and C and computes the decays from dt, and the backward writes the
+gradients of z, x, B, C and dt side by side into one buffer, so that the projection's backward reads it as it is.
+"""
+
+import torch
+from torch import Tensor
+
+from ..conv import causal_conv1d, check_weight, document_runs, final_state, run_code, width_limit
+from ..norm import gated_rms_norm
+from ..operators import LARGEST_GROUP, use_triton
+from .api import ssd
+from .inputs import (
+    FULL_DT_RANGE,
+    check_discretisation,
+    check_groups,
+    check_scan_shapes,
+    expect_shape,
+    resolve_seq_idx,
+)
+from .mixer_operators import mixer_forward
+from .operators import refusal, segment_code, triton_chunks
+
+
+def ssd_mixer(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    conv_weight: Tensor,
+    conv_bias: Tensor | None = None,
+    *,
+    n_groups: int,
+    z: Tensor | None = None,
+    norm_weight: Tensor | None = None,
+    norm_group_size: int | None = None,
+    norm_eps: float = 1e-5,
+    D: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    dt_softplus: bool = True,
+    dt_limit: tuple[float, float] = FULL_DT_RANGE,
+    activation: str | None = "silu",
+    conv_state: Tensor | None = None,
+    initial_states: Tensor | None = None,
+    seq_idx: Tensor | None = None,
+    chunk_size: int = 64,
+    return_final_states: bool = False,
+    save_states: bool = False,
+    backend: str = "auto",
+) -> Tensor | tuple[Tensor, Tensor, Tensor]:
+    """gated_rms_norm(ssd(act(conv(x|B|C)), dt, A, D), z): what a Mamba-2 layer does between its two projections.
+
+    Args:
+        x: (b, l, h·p). dt: (b, l, h). B, C: (b, l, g·n), before the convolution. z: (b, l, h·p), with norm_weight
+            (h·p,); without both the norm is left out. All of them may be views of one projection's output.
+        A: (h,), negative. D: (h,). dt_bias: (h,) or (b, l, h).
+        conv_weight: (h·p + 2·g·n, k), of the channels x, B, C in this order. conv_bias: (h·p + 2·g·n,).
+        n_groups: g. norm_group_size: divides h·p; all of it by default.
+        conv_state: (b, h·p + 2·g·n, k−1), the inputs before position 0. initial_states: (b, h, p, n).
+        seq_idx: (b, l) integers; documents as in :func:`ssd` and :func:`..conv.causal_conv1d`.
+        activation: of the convolution, "silu" or None.
+        save_states: Triton path: keep the convolved tokens and the chunk states for the backward; by default they are
+            computed again.
+        backend: "torch", "triton" (what the three operators take; x, B, C and z of one dtype), or "auto": one Triton
+            operator for CUDA tensors that it takes, the three operators otherwise, each by its own rules.
+
+    FLOPs and bytes of the Triton path: those of :func:`ssd`, and for the convolution the projections read and x, B, C
+    written once in the forward and once more in the backward.
+
+    Returns:
+        out (b, l, h·p) in x's dtype, or (out, final states (b, h, p, n), final convolution state like conv_state).
+        On the Triton path the gradients of z, x, B, C and dt (of the same dtype) are neighbours in one buffer:
+        :func:`polylepis.kernels.columns.split_columns` passes it on without a copy.
+
+    Raises:
+        ValueError: shapes, dt_limit, activation or a backend that does not fit.
+    """
+    _check(x, dt, A, B, C, conv_weight, conv_bias, n_groups, z, norm_weight, norm_group_size, conv_state, activation)
+    check_discretisation(dt, A, dt_bias, dt_limit)
+    heads = dt.shape[2]
+    x4, B4, C4 = (t.unflatten(-1, (k, -1)) for t, k in ((x, heads), (B, n_groups), (C, n_groups)))
+    check_scan_shapes(x4, {"dt": dt}, B4, C4)
+    expect_shape("D", D, (heads,))
+    expect_shape("initial_states", initial_states, (x.shape[0], heads, x4.shape[3], B4.shape[3]))
+    if chunk_size < 1:
+        raise ValueError(f"chunk_size is {chunk_size}, expected at least 1")
+    seq_idx = resolve_seq_idx(seq_idx, None, x4)
+    group = x.shape[2] if norm_group_size is None else norm_group_size
+    if dt_bias is not None and dt_bias.dim() == 3:
+        wide = torch.promote_types(torch.promote_types(dt.dtype, dt_bias.dtype), torch.float32)
+        dt, dt_bias = dt.to(wide) + dt_bias.to(wide), None
+    tensors: dict[str, Tensor | None] = {
+        **{"x": x4, "B": B4, "C": C4, "dt": dt, "A": A, "conv_weight": conv_weight, "conv_bias": conv_bias, "z": z},
+        **{"norm_weight": norm_weight, "D": D, "dt_bias": dt_bias, "initial_states": initial_states},
+        "conv_state": conv_state,
+    }
+    runs, valid = (None, None) if seq_idx is None else document_runs(seq_idx)
+    if use_triton(backend, tensors, _limit(tensors, conv_weight.shape[1], group)):
+        out, final, *_ = mixer_forward(
+            *(x, B, C, dt, z, conv_weight, conv_bias, conv_state, run_code(runs, valid), A, dt_bias, D),
+            *(initial_states, segment_code(seq_idx), norm_weight, n_groups, group, norm_eps, activation == "silu"),
+            *(dt_softplus, float(dt_limit[0]), float(dt_limit[1])),
+            *triton_chunks(x4, B4, C4, chunk_size, save_states),
+            save_states,
+        )
+    else:
+        convolved = causal_conv1d(
+            *(torch.cat((x, B, C), dim=-1), conv_weight, conv_bias),
+            activation=activation,
+            seq_idx=seq_idx,
+            initial_state=conv_state,
+            backend=backend,
+        )
+        assert isinstance(convolved, Tensor)
+        xs, Bs, Cs = convolved.split((x.shape[2], B.shape[2], C.shape[2]), dim=-1)
+        Bs, Cs = (t.unflatten(-1, (n_groups, -1)) for t in (Bs, Cs))
+        scanned = ssd(
+            *(xs.unflatten(-1, (heads, -1)), dt, A, Bs, Cs, chunk_size),
+            D=D,
+            dt_bias=dt_bias,
+            dt_softplus=dt_softplus,
+            dt_limit=dt_limit,
+            initial_states=initial_states,
+            seq_idx=seq_idx,
+            return_final_states=True,
+            save_states=save_states,
+            backend=backend,
+        )
+        assert isinstance(scanned, tuple)
+        out, final = scanned[0].flatten(-2), scanned[1]
+        if z is not None and norm_weight is not None:
+            out = gated_rms_norm(out, z, norm_weight, group_size=group, eps=norm_eps, backend=backend)
+    if not return_final_states:
+        return out
+    starts = (None,) * 3 if conv_state is None else conv_state.split((x.shape[2], B.shape[2], C.shape[2]), dim=1)
+    width = conv_weight.shape[1]
+    ends = [final_state(t, start, runs, valid, width) for t, start in zip((x, B, C), starts, strict=True)]
+    return out, final, torch.cat(ends, dim=1)
+
+
+def _limit(tensors: dict[str, Tensor | None], width: int, group: int) -> str | None:
+    """What the one operator does not take."""
+    x = tensors["x"]
+    assert x is not None
+    for name in ("B", "C", "z"):
+        other = tensors[name]
+        if other is not None and other.dtype != x.dtype:
+            return f"{name} is {other.dtype}, expected {x.dtype} as x"
+    if group > LARGEST_GROUP:
+        return f"norm_group_size is {group}, expected at most {LARGEST_GROUP}"
+    return width_limit(width) or refusal(tensors)
+
+
+def _check(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    conv_weight: Tensor,
+    conv_bias: Tensor | None,
+    n_groups: int,
+    z: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_group_size: int | None,
+    conv_state: Tensor | None,
+    activation: str | None,
+) -> None:
+    if x.dim() != 3 or x.shape[1] == 0:
+        raise ValueError(f"x has shape {tuple(x.shape)}, expected (batch, length >= 1, heads · head_dim)")
+    b, l, inner = x.shape
+    if dt.dim() != 3 or dt.shape[:2] != x.shape[:2]:
+        raise ValueError(f"dt has shape {tuple(dt.shape)}, expected ({b}, {l}, heads)")
+    if dt.shape[2] == 0 or inner % dt.shape[2]:
+        raise ValueError(f"the {inner} channels of x do not divide into {dt.shape[2]} heads (dt)")
+    check_groups(dt.shape[2], n_groups)
+    if B.dim() != 3 or B.shape[:2] != x.shape[:2] or B.shape[2] % n_groups or B.shape[2] == 0:
+        raise ValueError(f"B has shape {tuple(B.shape)}, expected ({b}, {l}, n_groups {n_groups} · state)")
+    expect_shape("C", C, tuple(B.shape))
+    channels = inner + 2 * B.shape[2]
+    check_weight(conv_weight, conv_bias, channels, activation)
+    expect_shape("conv_state", conv_state, (b, channels, conv_weight.shape[1] - 1))
+    expect_shape("z", z, tuple(x.shape))
+    expect_shape("norm_weight", norm_weight, (inner,))
+    if (z is None) != (norm_weight is None):
+        given, missing = ("z", "norm_weight") if norm_weight is None else ("norm_weight", "z")
+        raise ValueError(f"{given} was given without {missing}, expected both or neither")
+    if norm_group_size is not None and (norm_group_size < 1 or inner % norm_group_size):
+        raise ValueError(f"norm_group_size {norm_group_size} does not divide the {inner} channels of x")

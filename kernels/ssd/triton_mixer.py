@@ -1,0 +1,236 @@
+"""Triton kernels of a Mamba-2 layer between its projections: what precedes the scan in one launch, and its backward.
+
+The forward's launch holds two kinds of programs: some turn dt into the decays of a chunk, the others convolve a block
+of tokens and channels. x, B and C are read where the projections left them, by their own strides; the backward writes
+the gradients of all projections into one buffer. Nothing is atomic; helpers are those of the separate kernels.
+"""
+
+# mypy: disable-error-code="no-untyped-def"
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..triton_conv import (
+    CHANNELS,
+    TOKENS,
+    WALKED,
+    by_channel,
+    conv_flags,
+    conv_tile,
+    conv_walk,
+    parameter_gradients,
+    walks,
+)
+from .triton_forward import prep_tile
+from .triton_scan import Discretisation, Scan, plan
+
+
+@triton.jit
+def mixer_prep_kernel(
+    x, B, C_, weight, bias, initial, code, convolved, dt, A, dt_bias, segments, cs, scale, L, I, S, H, Lp,
+    DECAYS,  # programs that work on decays: chunks × blocks of heads; the others convolve
+    x_b, x_l, B_b, B_l, C_b, C_l, dt_b, dt_l, dt_h, A_h, low, high, SILU: tl.constexpr, WIDTH: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_INITIAL: tl.constexpr, HAS_CODE: tl.constexpr, SOFTPLUS: tl.constexpr,
+    CLAMP: tl.constexpr, HAS_DT_BIAS: tl.constexpr, Q: tl.constexpr, BH: tl.constexpr, BT: tl.constexpr,
+    BC: tl.constexpr,
+):  # fmt: skip
+    """x (b, L, I), B and C (b, L, S) → convolved (b, L, I + 2S), contiguous; dt (b, L, H) → cs and scale."""
+    program, b = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    if program < DECAYS:
+        heads = tl.cdiv(H, BH)
+        c = (program // heads).to(tl.int64)
+        h = (program % heads) * BH + tl.arange(0, BH)
+        prep_tile(
+            dt, A, dt_bias, segments, cs, scale, b, c, h, L, H, Lp, dt_b, dt_l, dt_h, 0, 0, A_h, low, high, True,
+            SOFTPLUS, CLAMP, HAS_DT_BIAS, HAS_CODE, Q,
+        )  # fmt: skip
+    else:
+        conv_block(
+            x, B, C_, weight, bias, initial, code, convolved, program - DECAYS, b, L, I, S, x_b, x_l, B_b, B_l, C_b,
+            C_l, SILU, WIDTH, HAS_BIAS, HAS_INITIAL, HAS_CODE, BT, BC,
+        )  # fmt: skip
+
+
+@triton.jit
+def conv_block(
+    x, B, C_, weight, bias, initial, code, convolved, number, b, L, I, S, x_b, x_l, B_b, B_l, C_b, C_l,
+    SILU: tl.constexpr, WIDTH: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_INITIAL: tl.constexpr,
+    HAS_CODE: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr,
+):  # fmt: skip
+    """Block ``number`` of the convolution; no block spans two of x, B and C."""
+    of_x, of_B, total = tl.cdiv(I, BC), tl.cdiv(S, BC), I + 2 * S
+    first = (number // (of_x + 2 * of_B)).to(tl.int64) * BT
+    block = number % (of_x + 2 * of_B)
+    r, k = tl.arange(0, BT), tl.arange(0, BC)
+    y = convolved + b * L * total
+    if HAS_INITIAL:
+        initial += b * total * (WIDTH - 1)
+    if HAS_CODE:
+        code += b * L
+    if block < of_x:
+        conv_tile(
+            x + b * x_b, weight, bias, initial, code, y, first, r, block * BC + k, 0, L, I, x_l, total, SILU, WIDTH,
+            HAS_BIAS, HAS_INITIAL, HAS_CODE,
+        )  # fmt: skip
+    elif block < of_x + of_B:
+        conv_tile(
+            B + b * B_b, weight, bias, initial, code, y, first, r, (block - of_x) * BC + k, I, L, S, B_l, total, SILU,
+            WIDTH, HAS_BIAS, HAS_INITIAL, HAS_CODE,
+        )  # fmt: skip
+    else:
+        conv_tile(
+            C_ + b * C_b, weight, bias, initial, code, y, first, r, (block - of_x - of_B) * BC + k, I + S, L, S, C_l,
+            total, SILU, WIDTH, HAS_BIAS, HAS_INITIAL, HAS_CODE,
+        )  # fmt: skip
+
+
+@triton.jit
+def mixer_conv_backward_kernel(
+    x, B, C_, weight, bias, initial, code, dx, dB, dC, out, dinitial, partial, L, I, S, x_b, x_l, B_b, B_l, C_b, C_l,
+    out_b, out_l, TOKENS_HERE, SILU: tl.constexpr, WIDTH: tl.constexpr, HAS_BIAS: tl.constexpr,
+    HAS_INITIAL: tl.constexpr, HAS_CODE: tl.constexpr, BC: tl.constexpr,
+):  # fmt: skip
+    """From dx (b, L, I), dB and dC (b, L, S), contiguous, to out: (b, L, I + 2S) by its strides."""
+    part, b = tl.program_id(0), tl.program_id(2).to(tl.int64)
+    block, k = tl.program_id(1), tl.arange(0, BC)
+    of_x, of_B, total = tl.cdiv(I, BC), tl.cdiv(S, BC), I + 2 * S
+    start = part.to(tl.int64) * TOKENS_HERE
+    partial += (b * tl.num_programs(0) + part) * 5 * total
+    out += b * out_b
+    if HAS_CODE:
+        code += b * L
+    if HAS_INITIAL:
+        initial += b * total * (WIDTH - 1)
+        dinitial += b * total * (WIDTH - 1)
+        start -= WIDTH - 1
+    if block < of_x:
+        conv_walk(
+            x + b * x_b, weight, bias, initial, code, dx + b * L * I, out, dinitial, partial, start, block * BC + k, 0,
+            L, I, total, x_l, I, out_l, TOKENS_HERE, SILU, WIDTH, HAS_BIAS, HAS_INITIAL, HAS_CODE, BC,
+        )  # fmt: skip
+    elif block < of_x + of_B:
+        conv_walk(
+            B + b * B_b, weight, bias, initial, code, dB + b * L * S, out + I, dinitial, partial, start,
+            (block - of_x) * BC + k, I, L, S, total, B_l, S, out_l, TOKENS_HERE, SILU, WIDTH, HAS_BIAS, HAS_INITIAL,
+            HAS_CODE, BC,
+        )  # fmt: skip
+    else:
+        conv_walk(
+            C_ + b * C_b, weight, bias, initial, code, dC + b * L * S, out + I + S, dinitial, partial, start,
+            (block - of_x - of_B) * BC + k, I + S, L, S, total, C_l, S, out_l, TOKENS_HERE, SILU, WIDTH, HAS_BIAS,
+            HAS_INITIAL, HAS_CODE, BC,
+        )  # fmt: skip
+
+
+class Convolution(NamedTuple):
+    """x (b, l, i), B and C (b, l, s) with contiguous channels, and the parameters of their convolution, contiguous."""
+
+    x: Tensor
+    B: Tensor
+    C: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    initial: Tensor | None
+    code: Tensor | None
+    silu: bool
+
+    @classmethod
+    def of(
+        cls,
+        tensors: tuple[Tensor, Tensor, Tensor],
+        weight: Tensor,
+        bias: Tensor | None,
+        initial: Tensor | None,
+        code: Tensor | None,
+        silu: bool,
+    ) -> "Convolution":
+        x, B, C = (by_channel(t) for t in tensors)
+        bias, initial = (None if t is None else t.contiguous() for t in (bias, initial))
+        return cls(x, B, C, weight.contiguous(), bias, initial, code, silu)
+
+    @property
+    def widths(self) -> tuple[int, int]:
+        return self.x.shape[2], self.B.shape[2]
+
+    @property
+    def strides(self) -> tuple[int, ...]:
+        return (*self.x.stride()[:2], *self.B.stride()[:2], *self.C.stride()[:2])
+
+    @property
+    def flags(self) -> dict[str, Any]:
+        return conv_flags(self.bias, self.initial, self.code, self.silu, self.weight.shape[1])
+
+    def blocks(self, size: int) -> int:
+        """Blocks of ``size`` channels over x, B and C, none of which spans two of them."""
+        inner, state = self.widths
+        return triton.cdiv(inner, size) + 2 * triton.cdiv(state, size)
+
+
+class Decays(NamedTuple):
+    """dt (b, l, h), its bias (h,), A (h,), D (h,), the scan's segment code and how dt becomes a decay."""
+
+    dt: Tensor
+    A: Tensor
+    bias: Tensor | None
+    D: Tensor | None
+    code: Tensor | None
+    how: Discretisation
+    groups: int
+
+
+def scan_of(convolved: Tensor, inner: int, decays: Decays, chunk: int) -> Scan:
+    """The scan over the convolved x, B and C (b, l, i + 2s)."""
+    h, state = decays.dt.shape[2], (convolved.shape[2] - inner) // 2
+    x, B, C = convolved.split((inner, state, state), dim=-1)
+    B, C = (t.unflatten(-1, (decays.groups, -1)) for t in (B, C))
+    x = x.unflatten(-1, (h, -1))
+    return plan(x, decays.dt, decays.A, decays.bias, B, C, decays.D, decays.code, decays.how, chunk)
+
+
+def prepare(conv: Convolution, decays: Decays, chunk: int) -> tuple[Tensor, Scan, Tensor, Tensor]:
+    """One launch: (convolved (b, l, i + 2s), the scan over it, cs and scale (b, h, padded length) float32)."""
+    (b, l, inner), state = conv.x.shape, conv.B.shape[2]
+    convolved = torch.empty((b, l, inner + 2 * state), dtype=conv.x.dtype, device=conv.x.device)
+    scan = scan_of(convolved, inner, decays, chunk)
+    h, launch = decays.dt.shape[2], scan.config.prep
+    cs = conv.x.new_empty(b, h, scan.padded, dtype=torch.float32)
+    scale = torch.empty_like(cs)
+    how = dict(scan.how.flags)
+    how.pop("DISCRETISE")
+    programs = scan.chunks * triton.cdiv(h, launch.rows)
+    mixer_prep_kernel[(programs + triton.cdiv(l, TOKENS) * conv.blocks(CHANNELS), b)](
+        *(conv.x, conv.B, conv.C, conv.weight, conv.bias, conv.initial, conv.code, convolved),
+        *(scan.first, scan.second, scan.bias, scan.code, cs, scale, l, inner, state, h, scan.padded, programs),
+        *(*conv.strides, *scan.first.stride(), scan.second.stride(0), scan.how.low, scan.how.high),
+        **conv.flags,
+        **how,
+        HAS_DT_BIAS=scan.bias is not None,
+        Q=scan.chunk,
+        BH=launch.rows,
+        BT=TOKENS,
+        BC=CHANNELS,
+        num_warps=launch.warps,
+    )
+    return convolved, scan, cs, scale
+
+
+def conv_gradients(
+    conv: Convolution, dx: Tensor, dB: Tensor, dC: Tensor, out: Tensor
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """dweight, dbias and dinitial; the gradients of x, B and C go into ``out`` (b, l, i + 2s), channels contiguous."""
+    (b, l, inner), state = conv.x.shape, conv.B.shape[2]
+    tokens, parts = walks(l, conv.weight.shape[1], conv.initial)
+    dinitial = None if conv.initial is None else torch.empty_like(conv.initial)
+    partial = conv.x.new_empty(b, parts, 5, inner + 2 * state, dtype=torch.float32)
+    mixer_conv_backward_kernel[(parts, conv.blocks(WALKED), b)](
+        *(conv.x, conv.B, conv.C, conv.weight, conv.bias, conv.initial, conv.code, dx, dB, dC, out, dinitial, partial),
+        *(l, inner, state, *conv.strides, out.stride(0), out.stride(1), tokens),
+        **conv.flags,
+        BC=WALKED,
+        num_warps=4,
+    )
+    return *parameter_gradients(partial, conv.weight), dinitial

@@ -1,0 +1,137 @@
+"""Times the launch candidates of the scan at the 8B shape, one kernel at a time, and rewrites the table.
+
+Behind ``polylepis bench tune`` and ``python -m benchmarks.gpu --tune``.
+"""
+
+import os
+import re
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..operators import HAS_TRITON
+from .api import ssd
+
+TABLE = Path(__file__).parent / "triton_table.py"
+FORWARD = ("prep", "state", "output")
+
+
+class TuneError(ValueError):
+    """There is nothing to time the kernels on, or nowhere to write the table."""
+
+    exit_code = 2
+
+
+def tune(*, rehearse: bool = False, say: Callable[[str], None] = print) -> None:
+    """Greedy, kernel by kernel: forward kernels by the forward's time, the others by the backward's.
+
+    Args:
+        rehearse: on the CPU in Triton's interpreter, tiny; the table stays as it is.
+        say: takes a line per kernel and one for the entry.
+
+    Raises:
+        TuneError: no CUDA device or no Triton, or a table that cannot be written; before anything is timed.
+    """
+    check(rehearse)
+    from . import triton_scan
+    from .triton_config import HALF, HALVES, INTERPRETER
+
+    device = torch.device("cpu" if rehearse else "cuda")
+    forward, inputs = scan(device, (20, 2, 8, 1, 8) if rehearse else (4096, 128, 64, 8, 128))
+    best = INTERPRETER if rehearse else HALF
+    for name, launches in HALVES.items():
+        times: dict[Any, float] = {}
+        for launch in launches if not rehearse else [INTERPRETER.prep]:
+            with configured(triton_scan, best._replace(**{name: launch}), rehearse):
+                if name in FORWARD:
+                    times[launch] = microseconds(forward, device)
+                else:
+                    out = forward()
+                    dy = torch.randn_like(out)
+                    backward = lambda out=out, dy=dy: torch.autograd.grad(out, inputs, dy, retain_graph=True)  # noqa: E731
+                    times[launch] = microseconds(backward, device)
+        chosen = min(times, key=lambda launch: times[launch])
+        best = best._replace(**{name: chosen})
+        say(f"{name} { {tuple(launch): round(us, 1) for launch, us in times.items()} } -> {tuple(chosen)}")
+    if not rehearse:
+        arch, minor = triton_scan._target()
+        say(f"wrote {TABLE.name}: {write((arch, 64, 128, 'half', minor), best)}")
+
+
+def check(rehearse: bool) -> None:
+    """Refuse in one line what cannot be tuned."""
+    if not HAS_TRITON:
+        raise TuneError("bench tune: triton is not installed, and it times Triton kernels; pip install triton")
+    if rehearse:
+        return
+    if not torch.cuda.is_available():
+        raise TuneError("bench tune: 0 CUDA devices here, expected one: run it on the machine that will train")
+    if not os.access(TABLE, os.W_OK):
+        raise TuneError(f"bench tune: {TABLE} cannot be written; install the package where you may write to it")
+
+
+def scan(device: torch.device, sizes: tuple[int, int, int, int, int]) -> tuple[Callable[[], Tensor], list[Tensor]]:
+    """(forward, inputs) of one row of l tokens, h heads × p, g groups, state n, in training's ranges."""
+    l, h, p, g, n = sizes
+    low = torch.float32 if device.type == "cpu" else torch.bfloat16
+
+    def new(*shape: int) -> Tensor:
+        return torch.randn(shape, device=device).to(low).requires_grad_()
+
+    t = {"x": new(1, l, h, p), "dt": new(1, l, h), "B": new(1, l, g, n), "C": new(1, l, g, n)}
+    t["A"] = (-torch.linspace(1, 16, h, device=device)).requires_grad_()
+    t["D"] = torch.ones(h, device=device).requires_grad_()
+    t["dt_bias"] = torch.linspace(-7, -2.3, h, device=device).requires_grad_()
+
+    def forward() -> Tensor:
+        y = ssd(**t, dt_softplus=True, backend="triton")
+        assert isinstance(y, Tensor)
+        return y
+
+    return forward, list(t.values())
+
+
+def microseconds(function: Callable[[], Any], device: torch.device) -> float:
+    """Median time of one call; with the second-level cache emptied before each on a GPU."""
+    if device.type == "cpu":
+        begin = time.perf_counter()
+        function()
+        return (time.perf_counter() - begin) * 1e6
+    from triton.testing import do_bench
+
+    return float(do_bench(function, return_mode="median")) * 1e3
+
+
+@contextmanager
+def configured(launches: Any, config: Any, rehearse: bool) -> Iterator[None]:
+    """Make the launches use one configuration for a while."""
+    name = "INTERPRETER" if rehearse else "lookup"
+    kept = getattr(launches, name)
+    setattr(launches, name, config if rehearse else lambda key: config)
+    try:
+        yield
+    finally:
+        setattr(launches, name, kept)
+
+
+def write(key: tuple[Any, ...], config: Any, table: Path = TABLE) -> str:
+    """Put one entry into the table's source, in place of an older one of the same key; returns the entry."""
+    text = table.read_text()
+    values = ", ".join(f"Launch{tuple(launch)!r}" for launch in config[:-1])
+    entry = f"    {key!r}: ScanConfig({values}, {config[-1]}),  # fmt: skip  # noqa: E501\n"
+    before, found, after = text.partition("TABLE: dict[Key, ScanConfig] = {")
+    if not found:
+        raise TuneError(f"bench tune: {table} holds no TABLE; restore it from the package")
+    old, _, rest = after.partition("}")
+    kept = "".join(f"{line}\n" for line in old.splitlines() if line.strip() and not line.strip().startswith(repr(key)))
+    if not re.search(r"import .*\bLaunch\b", before):
+        before = before.replace("LARGE, ScanConfig", "LARGE, Launch, ScanConfig")
+    fresh = table.with_suffix(".new")
+    fresh.write_text(f"{before}{found}\n{kept}{entry}}}{rest}")
+    fresh.replace(table)
+    return entry.strip()
