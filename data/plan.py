@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -139,3 +139,17 @@ def digest(before: str, packs: Sequence[Pack]) -> str:
     for source, samples in packs:
         state.update(np.array([source, len(samples), *samples], dtype="<i8").tobytes())
     return state.hexdigest()
+
+
+def flat(fields: Mapping[str, Any], path: str = "") -> dict[str, Any]:
+    """Nested mappings as dotted names."""
+    found: dict[str, Any] = {}
+    for name, value in fields.items():
+        found |= flat(value, f"{path}{name}.") if isinstance(value, Mapping) else {path + name: value}
+    return found
+
+
+def short(value: Any) -> str:
+    """A value in at most 48 characters."""
+    text = str(value)
+    return text if len(text) <= 48 else text[:45] + "…"

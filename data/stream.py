@@ -22,7 +22,7 @@ from .errors import DataError
 from .latents import most_in_a_row, slot_table
 from .mixing import Mix, Source, Stage
 from .mock import MockDataset
-from .plan import Pack, Place, Planner, Position, StepPlan, digest
+from .plan import Pack, Place, Planner, Position, StepPlan, digest, flat, short
 from .quarantine import Entry, Ledger, QuarantineConfig, tell
 from .reader import Ahead, Found, Order, Reader
 from .share import is_reader, share
@@ -338,9 +338,9 @@ class Stream:
             raise DataError(f"the data state lacks {', '.join(sorted(needed - set(state)))}")
         fields = self.plan_fields()
         if state["plan_hash"] != _plan_hash(fields):
-            there, here = _flat(state["plan"]), _flat(fields)
+            there, here = flat(state["plan"]), flat(fields)
             names = sorted(k for k in {*here, *there} if here.get(k) != there.get(k))
-            differs = "; ".join(f"{k}: {_short(there.get(k))} then, {_short(here.get(k))} now" for k in names)
+            differs = "; ".join(f"{k}: {short(there.get(k))} then, {short(here.get(k))} now" for k in names)
             raise DataError(f"the data state belongs to another plan and cannot be resumed exactly ({differs})")
         try:
             position = Position(int(state["draws"]), tuple(Place(*map(int, place)) for place in state["places"]))
@@ -487,16 +487,3 @@ def open_sources(dataset: Dataset | MockDataset, config: StreamConfig) -> Opened
 
 def _plan_hash(fields: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:32]
-
-
-def _flat(fields: Mapping[str, Any], path: str = "") -> dict[str, Any]:
-    """Nested mappings as dotted names."""
-    flat: dict[str, Any] = {}
-    for name, value in fields.items():
-        flat |= _flat(value, f"{path}{name}.") if isinstance(value, Mapping) else {path + name: value}
-    return flat
-
-
-def _short(value: Any) -> str:
-    text = str(value)
-    return text if len(text) <= 48 else text[:45] + "…"

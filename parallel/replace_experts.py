@@ -70,6 +70,7 @@ def _move(mixer: MoE, optimizer: torch.optim.Optimizer, placement: Sequence[int]
             continue
         state = optimizer.state.get(parameter, {})
         for value in (parameter, *(v for v in state.values() if isinstance(v, DTensor) and v.shape == parameter.shape)):
+            assert isinstance(value, DTensor)
             bank = value.to_local()
             bank.copy_(exchange(bank, source, mixer.mesh))
     for owner in mixer.modules():

@@ -88,8 +88,8 @@ def check_placement(config: RunConfig) -> None:
         raise ConfigError("train.placement: load happens every train.checkpoint_every steps, which is 0")
     if config.health.spike == "act":
         raise ConfigError(
-            "train.placement: load does not go with health.spike: act: a state in memory is put back where its experts "
-            "lay when it was taken; accepted: placement dealt, or spike warn"
+            "train.placement: load does not go with health.spike: act, whose states in memory do not know where "
+            "experts lay; accepted: placement dealt, or spike warn"
         )
     if train.local_folder:
         raise ConfigError(
