@@ -37,7 +37,7 @@ test: $(VENV)/.dev  ## the suite that every commit passes
 test-full: $(VENV)/.dev $(VENV)/.triton36  ## everything, minutes longer; the static gate also with Triton 3.6
 	TRITON_36=$(CURDIR)/$(VENV)/triton36 $(BIN)/python -m pytest -q -m "not chaos"
 
-chaos: $(VENV)/.dev  ## kill processes at random moments, a hundred times and more
+chaos: $(VENV)/.dev  ## injected faults: killed, stopped and slow ranks, NaN, full disks, jumping clocks
 	$(BIN)/python -m pytest -q -m chaos
 
 slurm:  ## programs that the tests of launch/ use where they find them (Debian, as root)

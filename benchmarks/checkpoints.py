@@ -6,6 +6,7 @@ long each tier takes to come back. ``--repeats`` rounds, the least of each row: 
 """
 
 import argparse
+import os
 import shutil
 import statistics
 import sys
@@ -128,6 +129,7 @@ def main() -> None:
             steps_meanwhile(rows, Path(folder) / "meanwhile", engine, stream)
     lines = ["# Checkpoints on one process", "", " ".join((__doc__ or "").split()), ""]
     facts = machine() | {"command": " ".join(["python -m benchmarks.checkpoints", *sys.argv[1:]])}
+    facts["load average"] = " ".join(f"{load:.1f}" for load in os.getloadavg())
     lines += [f"- {name}: {value}" for name, value in facts.items()]
     parameters = f"{count_parameters(model_config):,} parameters"
     lines += [

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,16 +11,22 @@ import click
 from .errors import CheckpointError
 
 if TYPE_CHECKING:
-    from ..parallel.model import ModelConfig
+    from .convert import Proof
 
 
 @click.command()
-@click.argument("run", type=click.Path(path_type=Path))
-@click.option("--to", "to", type=click.Choice(["hf"]), required=True, help="The format: hf, for Hugging Face.")
-@click.option("--out", type=click.Path(path_type=Path), help="Folder to make.  [default: RUN/hf]")
+@click.argument("path", type=click.Path(path_type=Path))
+@click.option("--to", "to", type=click.Choice(["hf"]), help="Export the run PATH to this format: hf, for Hugging Face.")
+@click.option(
+    "--from",
+    "source",
+    type=click.Choice(["hf", "mamba_ssm", "megatron"]),
+    help="Import PATH, a folder of this format, as a run.",
+)
+@click.option("--out", type=click.Path(path_type=Path), help="Folder to make.  [default: RUN/hf; needed to import]")
 @click.option(
     "--target",
-    type=click.Choice(["nemotron_h", "mamba2", "polylepis"]),
+    type=click.Choice(["mamba2", "nemotron_h", "granite", "polylepis"]),
     help="The class to export to.  [default: the first of transformers' own that can hold the model, ours otherwise]",
 )
 @click.option("--dtype", type=click.Choice(["float32", "bfloat16"]), default="float32", show_default=True)
@@ -29,136 +34,91 @@ if TYPE_CHECKING:
 @click.option(
     "--modality", help="Export what this modality's tokens see (text, say): a dense model, its code unneeded."
 )
+@click.option(
+    "--proof",
+    type=click.Choice(["auto", "full", "shrunk"]),
+    default="auto",
+    show_default=True,
+    help="Compare logits of the model (three copies in memory) or of a small one of its structure; auto: by size.",
+)
+@click.option("--no-tokenizer", is_flag=True, help="Leave the tokenizer out.")
+@click.option("--name", help="Of the imported run.  [default: the folder's name]")
 @click.option("--force", is_flag=True, help="Replace a folder that exists.")
 def convert(
-    run: Path,
-    to: str,
+    path: Path,
+    to: str | None,
+    source: str | None,
     out: Path | None,
     target: str | None,
     dtype: str,
     max_shard_size: str,
     modality: str | None,
+    proof: Proof,
+    no_tokenizer: bool,
+    name: str | None,
     force: bool,
 ) -> None:
-    """Convert the newest checkpoint of RUN, load the result with transformers and compare it with our model.
+    """Export a run to Hugging Face format, or import a foreign checkpoint as a run.
 
-    The command fails, and says why, if transformers computes anything else than we do; export_report.json in the
-    folder has the numbers.
+    An export reads the newest checkpoint tensor by tensor, reads back what it wrote, loads it with transformers and
+    compares it with our model. The command fails, and says why, if transformers computes anything else than we do;
+    export_report.json in the folder has the numbers. An import opens pickles without executing them.
     """
-    out = out or run / ("hf" if modality is None else f"hf-{modality}")
-    checkpoint, config, data, context = open_run(run)
-    if out.exists() and not force:
-        raise CheckpointError(f"{out} exists already; give --force to replace it, or another folder with --out")
+    if (to is None) == (source is None):
+        raise CheckpointError("say either --to hf (export a run) or --from hf | mamba_ssm | megatron (import)")
+    from . import convert as work
+
+    if source is not None:
+        if out is None:
+            raise CheckpointError("an import needs --out, the run folder to make")
+        print_table(work.from_foreign(source, path, out, name=name, force=force))
+        return
 
     import torch
-    import torch.distributed as dist
 
-    from .hf.export import export
-    from .hf.layout import entries
-    from .hf.reference import reference_logits
-    from .hf.targets import caution, choose_target
-    from .hf.verify import transformers_module, verify
-    from .manifest import read_manifest
-    from .sharded import read_tensors
-    from .transforms import Rule, select_modality, transform
-
-    transformers_module()
-    rules: list[Rule] = []
-    if modality is not None:
-        config, rules = select_modality(config, modality)
-    chosen = choose_target(config, target)
-    if warning := caution(config, chosen):
-        click.echo(f"beware: {warning}", err=True)
-    vocabulary, files = data_files(data)
-    known = vocabulary is not None
-    if modality is not None:
-        vocabulary = None  # a dense model derives nothing from the other modalities' ranges
-    tensors = dict(transform(rules, read_tensors(checkpoint).items()))
-    stored = getattr(torch, dtype)
-    facts = {"run": run.name, "step": read_manifest(checkpoint).get("step", "unknown")}
-    export(
-        config,
-        tensors,
-        out,
-        vocabulary=vocabulary,
-        dtype=stored,
-        target=chosen,
-        tokenizer_files=files,
-        facts=facts,
-        context=context,
+    rows = work.to_hf(
+        path,
+        out or path / ("hf" if modality is None else f"hf-{modality}"),
+        target=target,
+        dtype=getattr(torch, dtype),
         max_shard_size=max_shard_size,
+        modality=modality,
+        proof=proof,
+        tokenizer=not no_tokenizer,
         force=force,
     )
-    alone = not dist.is_initialized()
-    try:
-        reference = reference_logits(config, tensors, entries(config, chosen, stored))
-        report = verify(out, config, reference, vocabulary=vocabulary)
-    finally:
-        if alone and dist.is_initialized():
-            dist.destroy_process_group()
-    _print_table(report, {"folder": out, "from": checkpoint}, known, data, dtype)
+    print_table(list(rows.items()))
 
 
-def _print_table(report: Mapping[str, Any], rows: dict[str, Any], complete: bool, data: Path, dtype: str) -> None:
-    out: Path = rows["folder"]
-    size = sum(path.stat().st_size for path in out.glob("*.safetensors"))
-    rows |= {"class": report["class"], "weights": f"{size / 1e6:.1f} MB {dtype}"}
-    for gate in report["gates"]:
-        value = (
-            f"{gate['value']:.2e} (allowed {gate['limit']:.0e})" if isinstance(gate["value"], float) else "equal ours"
-        )
-        rows[gate["name"]] = value
-    if not complete:
-        rows["note"] = f"no data set in {data}: exported without vocabulary and tokenizer"
-    width = max(map(len, rows))
-    for name, row in rows.items():
-        click.echo(f"{name:<{width}}  {row}")
+@click.command("eval")
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.option("--tasks", required=True, help="Names of the harness's tasks, or of your own, with commas between.")
+@click.option("--include", type=click.Path(path_type=Path), help="A folder with task files of your own.")
+@click.option("--device", default="cpu", show_default=True)
+@click.option("--batch-size", default=1, show_default=True)
+@click.option("--max-length", type=int, help="Tokens of context.  [default: that of training]")
+@click.option("--limit", type=int, help="Examples per task.")
+def evaluate_export(
+    folder: Path,
+    tasks: str,
+    include: Path | None,
+    device: str,
+    batch_size: int,
+    max_length: int | None,
+    limit: int | None,
+) -> None:
+    """Run lm-evaluation-harness on FOLDER, a Hugging Face export, offline (needs the extra `eval`)."""
+    from .hf.harness import evaluate_export as run
+
+    options: dict[str, Any] = {"include": include, "device": device, "batch_size": batch_size}
+    results = run(folder, tasks.split(","), max_length=max_length, limit=limit, **options)
+    print_table([(f"{task} {name}", f"{v:.4g}") for task, row in results.items() for name, v in row.items()])
 
 
-def open_run(run: Path) -> tuple[Path, ModelConfig, Path, int]:
-    """The newest checkpoint of a run, its model, its data folder, its sequence length.
-
-    Raises:
-        CheckpointError: no such run, no finished checkpoint, or a configuration that is none.
-    """
-    if not run.is_dir():
-        raise CheckpointError(f"{run}: no such run folder")
-    file = run / "config.yaml"
-    if not file.is_file():
-        raise CheckpointError(f"{run}: no config.yaml in it, so this is not a run folder")
-
-    import yaml
-
-    from ..parallel.model import config_from_mapping
-    from .manifest import newest_checkpoint
-
-    checkpoint = newest_checkpoint(run / "checkpoints")
-    if checkpoint is None:
-        raise CheckpointError(f"{run}: no finished checkpoint in {run / 'checkpoints'} yet")
-    try:
-        values = yaml.safe_load(file.read_text())
-        sections: dict[str, Any] = {"mamba": {}, "attention": {}, "mlp": {}, "moe": {}, "layers": {}}
-        config = config_from_mapping({**sections, "modalities": ["text"], **values["model"]})
-        data = values["data"]
-        folder, context = Path(data["path"]), int(data.get("seq_len", 4096))
-    except (yaml.YAMLError, KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{file}: not the configuration of a run ({' '.join(str(error).split())})") from error
-    if not folder.is_absolute() and not folder.exists() and (run / folder).exists():
-        folder = run / folder
-    return checkpoint, config, folder, context
-
-
-def data_files(folder: Path) -> tuple[Mapping[str, Any] | None, list[Path]]:
-    """The vocabulary of a data folder, its tokenizer and codecs; none where the folder is not there any more."""
-    manifest = folder / "manifest.json"
-    if not manifest.is_file():
-        return None, []
-    try:
-        vocabulary = json.loads(manifest.read_text())["vocabulary"]
-    except (json.JSONDecodeError, KeyError) as error:
-        raise CheckpointError(f"{manifest}: no vocabulary in it") from error
-    tokenizer = folder / "tokenizer.model"
-    return vocabulary, [*([tokenizer] if tokenizer.is_file() else []), *sorted(folder.glob("*.codec.npz"))]
+def print_table(rows: Sequence[tuple[str, Any]]) -> None:
+    width = max(len(name) for name, _ in rows)
+    for name, value in rows:
+        click.echo(f"{name:<{width}}  {value}")
 
 
 @click.group()

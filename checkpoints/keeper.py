@@ -24,7 +24,14 @@ from ..parallel.model import HybridModel
 from .errors import CheckpointError
 from .host import HostCopy, Snapshot
 from .local import LocalTier, fill
-from .manifest import clear_leftovers, newest_checkpoint, step_of
+from .manifest import (
+    bring_back,
+    clear_leftovers,
+    complete_checkpoints,
+    newest_checkpoint,
+    read_manifest,
+    step_of,
+)
 from .rules import RANDOM, KeepRules
 from .saving import together, write_checkpoint
 from .sharded import load_checkpoint, random_tensors
@@ -77,7 +84,10 @@ class Background:
 
 
 class Keeper:
-    """Saves a run by its rules and finds what it resumes from. A context: leaving it waits for what is being written.
+    """Saves a run by its rules and finds what it resumes from.
+
+    A context: entering it removes what crashes have left (by then the folder must be this run's alone), leaving it
+    waits for what is being written.
 
     Args:
         folder: of the durable checkpoints, shared by all nodes.
@@ -132,6 +142,9 @@ class Keeper:
                     return resumed
         if newest is None:
             return None
+        if read_manifest(newest).get("weights_only"):  # an import: weights to start from, nothing trained yet
+            load_checkpoint(newest, self.models)
+            return None
         manifest = load_checkpoint(newest, self.models, self.optimizer)
         saved_on = sum(name.startswith(RANDOM) for name in manifest["tensors"])
         if saved_on != dist.get_world_size():
@@ -140,12 +153,12 @@ class Keeper:
         return {"step": manifest["step"], "data": manifest["data"]}
 
     def _look(self) -> tuple[Path | None, str]:
-        """The newest durable checkpoint and the run's id, as rank 0 sees them once it has cleared what crashes left."""
+        """The newest durable checkpoint and the run's id, as rank 0 sees them."""
 
         def look() -> tuple[Path | None, str] | None:
             if not self._first:
                 return None
-            clear_leftovers(self.folder)
+            bring_back(self.folder)
             if not self.rules.local_folder:
                 return newest_checkpoint(self.folder), ""
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -279,6 +292,23 @@ class Keeper:
         self._settle("durable", self._durable, None)
         self._settle("local", self._local, None)
 
+    def set_aside(self, step: int) -> list[str]:
+        """Make sure that nothing resumes from a state after `step` steps: the run has rolled back behind it.
+
+        Durable checkpoints are renamed, not removed; local parts go.
+
+        Returns:
+            Names of the checkpoints, on rank 0.
+        """
+        self.wait()
+        if self._tier is not None:
+            self._tier.forget_after(step)
+        spoilt = [path for path in complete_checkpoints(self.folder) if step_of(path) > step] if self._first else []
+        for path in spoilt:
+            others = len(list(path.parent.glob(f".set-aside-{path.name}*")))  # of earlier rollbacks
+            path.rename(path.with_name(f".set-aside-{path.name}" + (f"-{others}" if others else "")))
+        return [path.name for path in spoilt]
+
     @property
     def writing(self) -> bool:
         """Whether a durable save is in flight, as far as this rank can tell."""
@@ -298,6 +328,8 @@ class Keeper:
             self._report(kind, step, text)
 
     def __enter__(self) -> Keeper:
+        if self._first:
+            clear_leftovers(self.folder)
         return self
 
     def __exit__(

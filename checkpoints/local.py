@@ -99,6 +99,13 @@ class LocalTier:
             raise CheckpointError(f"{part}: is not what was written")
         return load_file(part), values["data"]
 
+    def forget_after(self, step: int) -> None:
+        """Remove this rank's parts of later steps than `step`."""
+        for note in self.folder.glob("step-*.json"):
+            if int(note.stem.removeprefix("step-")) > step:
+                note.unlink()
+                note.with_suffix(".safetensors").unlink(missing_ok=True)
+
     def forget(self) -> None:
         """Remove this rank's parts, of no use once the run is over."""
         shutil.rmtree(self.folder, ignore_errors=True)

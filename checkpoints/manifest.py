@@ -122,16 +122,18 @@ def discard(checkpoint: Path) -> None:
     shutil.rmtree(doomed)
 
 
-def clear_leftovers(folder: Path) -> None:
-    """Remove what crashes have left; a checkpoint that was about to be replaced by its like comes back."""
+def bring_back(folder: Path) -> None:
+    """A checkpoint that a crash found between going and being replaced by its like comes back."""
     for old in folder.glob(".step-*.old"):
         original = old.with_name(old.stem.removeprefix("."))
         if (old / MANIFEST).is_file() and not original.exists() and not any(damages(old, content=False)):
             old.rename(original)
-        else:
-            shutil.rmtree(old, ignore_errors=True)
-    for part in folder.glob(".step-*.part"):
-        shutil.rmtree(part, ignore_errors=True)
+
+
+def clear_leftovers(folder: Path) -> None:
+    """Remove what crashes have left in a folder in which nobody else is writing."""
+    for left in (*folder.glob(".step-*.old"), *folder.glob(".step-*.part")):
+        shutil.rmtree(left, ignore_errors=True)
 
 
 def find_checkpoint(path: Path) -> Path:

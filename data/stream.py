@@ -109,6 +109,7 @@ class Step:
         source_tokens: tokens of the global batch by source.
         stage: number of the stage of the mix, from 0.
         masked: tokens of the global batch that are in quarantine.
+        attended: pairs of a token and itself or an earlier one of its document, Σ n(n+1)/2 over the global batch.
         latents: continuous latents of the global batch by modality, for the modalities that are continuous.
         latent_weight: sum of their planned weights, the denominator of a loss on them.
     """
@@ -123,6 +124,7 @@ class Step:
     source_tokens: dict[str, int] = field(default_factory=dict)
     stage: int = 0
     masked: int = 0
+    attended: int = 0
     latents: dict[str, int] = field(default_factory=dict)
     latent_weight: float = 0.0
 
@@ -266,6 +268,7 @@ class Stream:
             source_tokens=dict(zip(self.planner.mix.names, by_source.tolist(), strict=True)),
             stage=self.planner.mix.stage(plan.before.draws),
             masked=masked,
+            attended=sum(self._attended(pack) for pack in plan.packs),
             latents={m: n for m, n in self._named(latents).items() if m in self._continuous},
             latent_weight=float((latents * self._weights.astype(np.float64)).sum()),
         )
@@ -274,6 +277,15 @@ class Stream:
         self._tokens += per_modality
         self._digest = digest(self._digest, plan.packs)
         return step
+
+    def skip(self) -> str:
+        """Passes over the next step without reading it; its tokens count as passed. Returns its `doc_digest`."""
+        plan = self.planner.step(self._position)
+        self._position = plan.after
+        self._step += 1
+        self._tokens += sum(self._counts(pack) for pack in plan.packs)
+        self._digest = digest(self._digest, plan.packs)
+        return digest("", plan.packs)
 
     def __iter__(self) -> Stream:
         return self
@@ -369,6 +381,10 @@ class Stream:
 
     def _counts(self, pack: Pack) -> np.ndarray:
         return self._splits[pack.source].modality_lengths[pack.samples].sum(axis=0)
+
+    def _attended(self, pack: Pack) -> int:
+        lengths = self._splits[pack.source].lengths[pack.samples].astype(np.int64)
+        return int((lengths * (lengths + 1) // 2).sum())
 
     @property
     def _continuous(self) -> tuple[str, ...]:

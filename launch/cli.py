@@ -15,7 +15,8 @@ ROOMS = {
     "evaluate": ("polylepis.pretrain.commands", "evaluate", "Evaluate a run on its held-out data."),
     "generate": ("polylepis.pretrain.commands", "generate", "Draw digits from captions and continue a prompt."),
     "data": ("polylepis.data.commands", "data", "Build, index, validate and inspect data sets."),
-    "convert": ("polylepis.checkpoints.commands", "convert", "Convert a run to Hugging Face format, and verify it."),
+    "convert": ("polylepis.checkpoints.commands", "convert", "Export a run to Hugging Face, verified, or import one."),
+    "eval": ("polylepis.checkpoints.commands", "evaluate_export", "Run lm-evaluation-harness on an export."),
     "plan": ("polylepis.pretrain.plan.commands", "plan", "Predict memory and step time, and find the plan that fits."),
     "rehearse": (
         "polylepis.launch.rehearse",
@@ -23,6 +24,8 @@ ROOMS = {
         "Run a plan without GPUs: full size on paper, small for real.",
     ),
     "verify": ("polylepis.pretrain.commands", "verify", "Prove that a parallel plan equals one process, on the CPU."),
+    "report": ("polylepis.pretrain.commands", "report", "Write one self-contained HTML page about a run."),
+    "profile": ("polylepis.pretrain.commands", "profile", "Open a profiler window on a running job."),
     "checkpoint": ("polylepis.checkpoints.commands", "checkpoint", "Inspect, verify, compare and prune checkpoints."),
     "bench": ("polylepis.pretrain.plan.commands", "bench", "Measure this machine: layers; tune its kernels."),
     "launch": ("polylepis.launch.commands", "launch", "Write job scripts (torchrun, SLURM), submit, watch, stop."),

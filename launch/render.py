@@ -53,7 +53,7 @@ def render(kind: str, config: RunConfig, request: Request, places: Places) -> st
     mesh = config.mesh.resolve(most * request.procs)
     axes = " × ".join(
         f"{name} {size}"
-        for name in ("dp_replicate", "dp_shard", "cp", "tp", "pp")
+        for name in ("pp", "dp_replicate", "dp_shard", "cp", "tp", "ep")
         if (size := getattr(mesh, name)) > 1 or name == "dp_shard"
     )
     count = f"{least} to {most} nodes" if least < most else f"{most} node" + "s" * (most > 1)

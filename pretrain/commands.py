@@ -1,4 +1,4 @@
-"""The commands of this room: train, evaluate, generate, recipes."""
+"""The commands of this room: train, evaluate, generate, verify, report, profile, recipes."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ def train(config: str, overrides: tuple[str, ...], shrink: bool, dry_run: bool) 
     checkpoint. On several machines start the worker itself: torchrun … -m polylepis.pretrain.train CONFIG.
     """
     from .claim import check_free
+    from .errors import StoppedError
     from .preempt import clear_requests, read_outcome
     from .prepare import check_all, n_processes
     from .shrink import shrink as shrunk
@@ -41,11 +42,15 @@ def train(config: str, overrides: tuple[str, ...], shrink: bool, dry_run: bool) 
     clear_requests(resolved.path)
     requested = resolved.path / ".requested.yaml"
     requested.write_text(to_yaml(resolved))
-    run_workers(world_size, [str(requested)])
+    code = 1
+    try:
+        run_workers(world_size, [str(requested)])
+    except StoppedError as stopped:
+        code = stopped.exit_code
     outcome = read_outcome(resolved.path)
     if outcome is None or not outcome.startswith("done"):
         click.echo(f"{resolved.name}: {outcome or 'ended before it could save'}; the same command resumes it", err=True)
-        raise SystemExit(1)
+        raise SystemExit(code)
     click.echo(f"{resolved.name}: trained to step {resolved.train.steps}; see {resolved.folder}", err=True)
 
 
@@ -98,6 +103,29 @@ def verify(config: str, overrides: tuple[str, ...]) -> None:
     click.echo(certificate(plan, lines))
     if not all(line.passed for line in lines):
         raise SystemExit(1)
+
+
+@click.command()
+@click.argument("run", type=click.Path(path_type=Path))
+def report(run: Path) -> None:
+    """Write report.html into RUN: plots, lost time, plan against measurement, events, environment, in one file."""
+    from .report.page import write_report
+
+    click.echo(write_report(run))
+
+
+@click.command()
+@click.argument("run", type=click.Path(path_type=Path))
+@click.option("--steps", default=3, show_default=True, help="How many of the next steps to profile.")
+@click.option("--all-ranks", is_flag=True, help="Every rank writes a trace, not only rank 0.")
+def profile(run: Path, steps: int, all_ranks: bool) -> None:
+    """Open a torch-profiler window on the job that is training RUN; traces go to RUN/profile/.
+
+    The job sees the request within a step and need not be restarted. Open the traces in ui.perfetto.dev.
+    """
+    from .meter.window import ask
+
+    click.echo(f"{ask(run, steps, all_ranks)}: waiting for the job's next step", err=True)
 
 
 @click.group()

@@ -24,6 +24,7 @@ from ..parallel.model import ModelConfig
 from ..parallel.pipeline.config import PipelineConfig
 from ..parallel.recompute import RecomputeConfig
 from .errors import ConfigError
+from .health.config import HealthConfig
 from .optim import OptimConfig
 
 SCHEMA = 1
@@ -91,10 +92,14 @@ class TrackingConfig:
     Attributes:
         wandb: `auto` is online where a key is configured and offline otherwise; `disabled` does not load it.
         project: the wandb project.
+        tensorboard: also write TensorBoard's event files (extra `tensorboard`).
+        peak_tflops: peak of one device for MFU, TFLOP/s; 0 takes the data sheet's for a GPU that is known.
     """
 
     wandb: Literal["auto", "offline", "online", "disabled"] = "auto"
     project: str = "polylepis"
+    tensorboard: bool = False
+    peak_tflops: float = 0.0
 
     __pydantic_config__ = {"extra": "forbid"}
 
@@ -123,6 +128,7 @@ class RunConfig:
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    health: HealthConfig = field(default_factory=HealthConfig)
 
     __pydantic_config__ = {"extra": "forbid"}
 

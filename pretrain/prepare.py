@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from dataclasses import replace
 from datetime import timedelta
@@ -24,7 +25,7 @@ from .errors import ConfigError
 # What may change between the runs that share a folder: where and how long it trains, not what is trained on what.
 READING = ("data.micro_batch", "data.workers", "data.prefetch", "data.stall_seconds", "data.path")
 PLAN = ("mesh.", "context.", "pipeline.", "recompute.", "engine", "deepspeed.")
-FREE_KEYS = (*PLAN, "train.", "tracking.", "name", "folder", *READING)
+FREE_KEYS = (*PLAN, "train.", "tracking.", "health.", "name", "folder", *READING)
 
 
 def n_processes(config: RunConfig) -> int:
@@ -41,6 +42,11 @@ def check_run(config: RunConfig, world_size: int) -> None:
     mesh = config.mesh.resolve(world_size)
     config.model.check(mesh.tp)
     config.optim.check()
+    config.health.check()
+    if config.tracking.tensorboard and importlib.util.find_spec("tensorboard") is None:
+        raise ConfigError("tracking.tensorboard: not installed; pip install 'polylepis[tensorboard]'")
+    if config.tracking.peak_tflops < 0:
+        raise ConfigError(f"tracking.peak_tflops: must not be negative, not {config.tracking.peak_tflops}")
     if config.train.steps < 1:
         raise ConfigError(f"train.steps: must be at least 1, not {config.train.steps}")
     config.train.keep_rules()

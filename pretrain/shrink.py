@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 
 from ..parallel.mesh import MeshConfig
+from ..parallel.shrink import shrink_model
 from .config import RunConfig, TrainConfig
 
-D_MODEL, SEQ_LEN, VOCAB = 64, 64, 1024
+SEQ_LEN = 64
 
 
 def shrink(config: RunConfig, steps: int = 2, mesh: MeshConfig | None = None) -> RunConfig:
@@ -18,23 +19,7 @@ def shrink(config: RunConfig, steps: int = 2, mesh: MeshConfig | None = None) ->
     """
     if mesh is None and config.mesh.ep % 2 == 0 and config.mesh.tp == 1:
         mesh = MeshConfig(dp_shard=2, ep=2)
-    model = config.model
-    inner = model.mamba.expand * D_MODEL
-    # As many heads as divide into the groups: at least one per group, each of at least one channel.
-    head_dim = max(1, min(8, inner // model.mamba.n_groups))
-    small = replace(
-        model,
-        d_model=D_MODEL,
-        vocab_size=min(VOCAB, model.vocab_size),
-        mamba=replace(model.mamba, head_dim=head_dim, d_state=16, chunk_size=16),
-        attention=replace(model.attention, head_dim=4),
-        mlp=replace(model.mlp, d_ff=2 * D_MODEL),
-        moe=replace(model.moe, d_ff=32, d_ff_shared=32),
-        layers={
-            index: {name: value for name, value in override.items() if name in ("routed", "activation", "top_k")}
-            for index, override in model.layers.items()
-        },
-    )
+    small = shrink_model(config.model)
     data = replace(
         config.data,
         path="mock",

@@ -10,15 +10,14 @@ from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from .errors import ConfigError
+from .errors import ConfigError, StoppedError
 
 
 def run_workers(n_processes: int, arguments: Sequence[str], module: str = "polylepis.pretrain.train") -> None:
     """Run `module` in `n_processes` processes and wait.
 
-    A signal to this process reaches the workers, which save and stop (see `preempt`); it does not raise here.
-
     Raises:
+        StoppedError: a signal came, and the workers have ended; those of a training run have saved (see `preempt`).
         ConfigError: a worker failed; the worker has said why on standard error.
     """
     os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -35,7 +34,7 @@ def run_workers(n_processes: int, arguments: Sequence[str], module: str = "polyl
     try:
         elastic_launch(config, sys.executable)("-m", module, *arguments)
     except SignalException as signalled:  # after the workers have ended
-        print(f"polylepis: {signalled.sigval.name}: {module.rpartition('.')[2]} ended its workers", file=sys.stderr)
+        raise StoppedError(module.rpartition(".")[2], signalled.sigval) from None
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         raise ConfigError(

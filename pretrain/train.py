@@ -8,9 +8,9 @@ import importlib.util
 import json
 import os
 import sys
-import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,13 +23,22 @@ from ..parallel.engines.base import Engine, Objective
 from ..parallel.engines.deepspeed import DeepSpeedEngine
 from ..parallel.engines.fsdp import FSDPEngine, build_model
 from ..parallel.engines.pipeline import PipelineEngine, build_stages
+from ..parallel.kinds.base import Load
 from ..parallel.megatron import preload
 from ..parallel.mesh import Mesh, build_mesh
 from .claim import claim_folder
 from .config import RunConfig, load_config
 from .errors import DivergenceError
-from .experts import check_routers, finish_experts
+from .experts import check_routers, expert_layers, finish_experts
+from .health.events import Events
+from .health.expectation import planned_memory
+from .health.guard import Health, Verdict
+from .meter.environment import environment, write_environment
+from .meter.meter import Meter
+from .meter.peaks import peak_flops
+from .meter.pulse import Pulse
 from .meter.tracker import Tracker, plot_losses
+from .meter.window import ProfileWindow
 from .objectives.next_token import next_token
 from .optim import build_optimizer
 from .plan.measure import predicted_step
@@ -48,53 +57,89 @@ def train(config: RunConfig) -> None:
     stream = open_stream(config, dataset, mesh.dp_rank, mesh.dp_size)
     engine = build_engine(config, mesh)
 
-    first = 0
+    first, carried = 0, {}
+    environs = environment(mesh.device)
     if dist.get_rank() == 0:
         prepare_folder(config)
+        write_environment(config.path, environs)
     dist.barrier()
     keeper = open_keeper(config, engine)
     resumed = keeper.resume()
     if resumed is not None:
         stream.load_state_dict(resumed["data"])
-        first = resumed["step"]
+        first, carried = resumed["step"], resumed["data"].get("health", {})
 
     predicted = predicted_step(config, dist.get_world_size()) if dist.get_rank() == 0 else {}
+    pulse = Pulse()
+    planned = partial(planned_memory, config, mesh.pp_rank)
+    health = Health(config.health, config.path, engine, stream, keeper, pulse, config.optim.warmup, planned)
+    meter = open_meter(config, engine, pulse, environs["device"])
     claim = claim_folder(config.path) if dist.get_rank() == 0 else contextlib.nullcontext()
     with (
         claim,
         Preemption(config.path, config.train.steps) as preemption,
         keeper,
         open_tracker(config, first) as tracker,
+        health,
+        meter,
     ):
-        for step in range(first, config.train.steps):
+        health.resume(first, carried)
+        step, last = first, first >= config.train.steps
+        while not last:
             with located(step + 1):
-                started = time.perf_counter()
-                data = stream.next()
-                check_agreement(step + 1, data.doc_digest, preemption)
-                waited = time.perf_counter() - started
-
-                sums = engine.accumulate(data.micro_batches, data.total_weight)
-                norm = engine.gradient_norm()
-                check_routers(engine, norm)
-                if config.optim.clip and norm > config.optim.clip:
-                    engine.scale(config.optim.clip / norm)
-                lr = config.optim.lr * config.optim.factor(step, config.train.steps)
-                engine.update(lr)
-                experts = finish_experts(engine)
-
-                dist.all_reduce(sums)
-                losses = sums / mesh.tp_size  # every tp rank counted the same tokens
-                if tracker is not None:
-                    seconds = time.perf_counter() - started
-                    metrics = step_metrics(config, step + 1, data, losses.tolist(), norm, lr, seconds, waited)
-                    tracker.log(metrics | experts | keeper.times() | predicted)
-                last = preemption.ends_after(step + 1)
-                keeper.after_step(step + 1, stream.state_dict, last=last)
-            if last:
-                break
+                pulse.enter("data", step + 1)
+                verdict, metrics = Verdict.SKIP, None
+                if not health.leaves_out(step + 1):
+                    data = stream.next()
+                    check_agreement(step + 1, data.doc_digest, preemption)
+                    verdict, metrics = train_step(config, step, data, engine, health, meter)
+                if tracker is not None and metrics is not None:
+                    tracker.log(metrics | keeper.times() | predicted)
+                if verdict is Verdict.ROLL_BACK:
+                    step = health.roll_back(step + 1)
+                    if tracker is not None:
+                        tracker.rewind(step)
+                    continue
+                step += 1
+                pulse.enter("checkpoint")
+                last = preemption.ends_after(step)
+                keeper.after_step(step, health.state, last=last)
 
     if tracker is not None and importlib.util.find_spec("matplotlib") and first < config.train.steps:
         plot_losses(config.path, config.model.modalities)
+
+
+def train_step(
+    config: RunConfig, step: int, data: Step, engine: Engine, health: Health, meter: Meter
+) -> tuple[Verdict, dict[str, Any] | None]:
+    """One step, the one after `step` others, and its metrics, unless the guards object before the update."""
+    meter.pulse.enter("compute")
+    sums = engine.accumulate(data.micro_batches, data.total_weight)
+    travelling = meter.reduce(sums)
+    norm = engine.gradient_norm()
+    totals = meter.read(travelling)
+    loss = totals.loss / max(1, sum(data.target_tokens.values()))
+    verdict = health.judge(step + 1, data, sums, loss, norm)
+    if verdict is not Verdict.TRAIN:
+        engine.discard()
+        for layer in expert_layers(engine).values():
+            layer.forget()
+        return verdict, None
+    check_routers(engine, norm)
+
+    meter.pulse.enter("update")
+    if config.optim.clip and norm > config.optim.clip:
+        engine.scale(config.optim.clip / norm)
+    lr = config.optim.lr * config.optim.factor(step, config.train.steps)
+    engine.update(lr)
+    experts = finish_experts(engine)
+
+    meter.pulse.enter("between")
+    timing = meter.time()
+    imbalance = health.after(step + 1, timing.own)
+    metrics = step_metrics(config, step + 1, data, totals.losses, norm, lr, timing.step, timing.data)
+    metrics |= meter.metrics(data, totals, timing) | experts
+    return verdict, metrics if imbalance is None else metrics | {"seconds/imbalance": imbalance}
 
 
 def build_engine(
@@ -132,7 +177,9 @@ def open_keeper(config: RunConfig, engine: Engine) -> Keeper:
     """What saves the run and finds where it stopped; every checkpoint carries the resolved configuration."""
     values = json.loads(json.dumps(dataclasses.asdict(config)))
     facts = {"config": values, "config_hash": hash_config(values)}
-    return Keeper(config.checkpoints, engine.models, engine.optimizer, config.train.keep_rules(), facts=facts)
+    report = partial(Events(config.path, dist.get_rank()).tell, "checkpoint")
+    rules = config.train.keep_rules()
+    return Keeper(config.checkpoints, engine.models, engine.optimizer, rules, facts=facts, report=report)
 
 
 @contextlib.contextmanager
@@ -171,6 +218,16 @@ def check_agreement(step: int, digest: str, preemption: Preemption) -> None:
     preemption.agree(int(everyone[:, 2].max()))
 
 
+def open_meter(config: RunConfig, engine: Engine, pulse: Pulse, device_name: str) -> Meter:
+    """What measures the steps of this run."""
+    peak = peak_flops(device_name, config.train.precision, config.tracking.peak_tflops)
+    window = ProfileWindow(config.path, engine.mesh.device)
+    rows = config.data.global_batch * config.data.seq_len
+    on_gpu = engine.mesh.device.type == "cuda"
+    load = Load(0, 0.0, itemsize=config.train.compute_dtype.itemsize, kernels="triton" if on_gpu else "torch")
+    return Meter(config.model, engine, pulse, window, rows, peak, config.recompute, load)
+
+
 def step_metrics(
     config: RunConfig,
     step: int,
@@ -203,6 +260,8 @@ def open_tracker(config: RunConfig, first: int) -> Iterator[Tracker | None]:
         if config.tracking.wandb != "disabled" and first < config.train.steps:
             values = dataclasses.asdict(config)
             tracker.start_wandb(config.tracking.wandb, config.tracking.project, config.name, values)
+        if config.tracking.tensorboard and first < config.train.steps:
+            tracker.start_tensorboard()
         yield tracker
 
 

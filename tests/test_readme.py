@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from polylepis.checkpoints.hf.export import export
+from polylepis.checkpoints.transforms import Tensors
 from polylepis.launch.cli import cli, main
 from polylepis.parallel.kinds.mamba import ROUTABLE, MambaConfig
 from polylepis.parallel.model import ModelConfig
@@ -20,8 +21,11 @@ from polylepis.parallel.parts import initial_values
 README = (Path(__file__).parent.parent / "README.md").read_text()
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+LAUNCH = (Path(__file__).parent.parent / "docs" / "launch.md").read_text()
+
+
+def blocks(language: str, text: str = README) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", text, flags=re.DOTALL)
 
 
 def tiny_export(out: Path) -> None:
@@ -31,7 +35,7 @@ def tiny_export(out: Path) -> None:
         key: initial_values(part, key, 0) for name, part in config.parts().items() for key in part.entry_names(name)
     }
     out.parent.mkdir(parents=True)
-    export(config, tensors, out)
+    export(config, Tensors(tensors), out)
 
 
 @pytest.mark.parametrize("code", blocks("python"), ids=lambda code: code.splitlines()[0][:40])
@@ -46,8 +50,8 @@ def test_python_snippets_run(code: str, tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def commands() -> list[str]:
-    lines = [line for block in blocks("console") for line in block.splitlines()]
-    return [line.split("  #")[0].strip() for line in lines if line.startswith("polylepis ")]
+    lines = [line for block in blocks("console", README + LAUNCH) for line in block.splitlines()]
+    return sorted({line.split("  #")[0].strip() for line in lines if line.startswith("polylepis ")})
 
 
 @pytest.mark.parametrize("line", commands())

@@ -10,6 +10,7 @@ SECTIONS = {"M": "mamba", "*": "attention", "-": "mlp", "E": "moe"}
 DEFAULTS: dict[str, dict[str, Any]] = {
     "mamba": {
         "expand": 2,
+        "width": None,
         "d_state": 128,
         "head_dim": 64,
         "n_groups": 8,

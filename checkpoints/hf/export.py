@@ -10,13 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
-from torch import Tensor
 
-from ...parallel.model import ModelConfig, count_parameters
+from ...parallel.model import ModelConfig
 from ..errors import CheckpointError
-from .layout import Entry, entries, unknown_tensors
-from .targets import BOS, CLASSES, EOS, PAD, Target, caution, choose_target, config_json
+from ..transforms import Source
+from .card import model_card
+from .layout import exported
+from .targets import BOS, EOS, PAD, Target, choose_target, config_json
+from .tokenizer import write_tokenizer
+from .writer import verify_weights, write_weights
 
 CODE = ("configuration_polylepis.py", "layers_polylepis.py", "modeling_polylepis.py")
 UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
@@ -24,10 +26,11 @@ UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 def export(
     config: ModelConfig,
-    tensors: Mapping[str, Tensor],
+    tensors: Source,
     out: Path,
     *,
     vocabulary: Mapping[str, Any] | None = None,
+    text_vocabulary: Mapping[str, Any] | None = None,
     dtype: torch.dtype = torch.float32,
     target: str | None = None,
     tokenizer_files: Sequence[Path] = (),
@@ -38,15 +41,18 @@ def export(
 ) -> Path:
     """Write `out`: weights, `config.json`, `generation_config.json`, tokenizer files, a model card.
 
-    Written aside, flushed, renamed last. Memory: the tensors given, and one shard.
+    Written aside, every tensor read back, flushed, renamed last. Memory: one tensor where a rule needs it whole, a
+    piece of one otherwise.
 
     Args:
         config: the model.
-        tensors: its logical tensors by name (`read_tensors` of a checkpoint).
+        tensors: its logical tensors (`Distributed(checkpoint)`, say).
         vocabulary: `Vocabulary.to_json()`; modality ids then derive from token ids. None for models without.
+        text_vocabulary: where the tokenizer's ids lie, for a model without `vocabulary` that was made of one with it.
         dtype: of the stored weights; `A_log`, `D`, `dt_bias` and selection biases stay float32.
-        target: `mamba2`, `nemotron_h`, `polylepis`; None takes the first that can hold the model.
-        tokenizer_files: copied into the folder (`tokenizer.model`, codecs).
+        target: `mamba2`, `nemotron_h`, `granite`, `polylepis`; None takes the first that can hold the model.
+        tokenizer_files: copied into the folder (`tokenizer.model`, codecs); of a sentencepiece model or a
+            `tokenizer.json` a tokenizer for transformers is made too, with the model's ids.
         facts: lines of the model card.
         context: the sequence length of training.
         max_shard_size: of one weight file, such as "500MB".
@@ -56,29 +62,31 @@ def export(
         `out`.
 
     Raises:
-        CheckpointError: `out` exists; the target cannot hold the model; tensors or vocabulary are another model's.
+        CheckpointError: `out` exists; the target cannot hold the model; tensors or vocabulary are another model's; what
+            was written does not read back.
     """
     chosen = choose_target(config, target)
     if out.exists() and not force:
         raise CheckpointError(f"{out} exists already; remove it, choose another --out, or give --force to replace it")
     check_vocabulary(config, vocabulary)
-    plan = entries(config, chosen, dtype)
-    unknown = unknown_tensors(plan, tensors)
-    if unknown:
-        raise CheckpointError(f"the checkpoint holds {unknown[0]}, which this model configuration does not have")
+    limit = parse_size(max_shard_size)
+    weights = exported(config, chosen, tensors, dtype)
     aside = out.parent / f".{out.name}.part"
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
     try:
-        _write_weights(aside, plan, tensors, parse_size(max_shard_size))
+        hashes = write_weights(aside, weights, limit)
+        verify_weights(aside, hashes)
         _write_json(aside / "config.json", config_json(config, chosen, vocabulary, dtype, context))
         _write_json(aside / "generation_config.json", _generation_config(config, chosen))
         for source in tokenizer_files:
-            shutil.copyfile(source, aside / source.name)
+            if source.name != "tokenizer.json":  # its ids are not the model's; the one written below has those
+                shutil.copyfile(source, aside / source.name)
+        write_tokenizer(aside, tokenizer_files, vocabulary or text_vocabulary, context)
         if chosen == "polylepis":
             for name in CODE:
                 shutil.copyfile(Path(__file__).parent / name, aside / name)
-        (aside / "README.md").write_text(_model_card(config, chosen, vocabulary, dtype, dict(facts or {})))
+        (aside / "README.md").write_text(model_card(config, chosen, vocabulary, dtype, facts or {}))
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)
         raise
@@ -110,96 +118,12 @@ def parse_size(text: str) -> int:
     return int(float(number) * UNITS[unit])
 
 
-def plan_shards(plan: Sequence[Entry], limit: int) -> list[list[Entry]]:
-    """Entries in order, each shard filled up to `limit` bytes; one tensor larger than that has a shard of its own."""
-    shards: list[list[Entry]] = [[]]
-    size = 0
-    for entry in plan:
-        if shards[-1] and size + entry.nbytes > limit:
-            shards.append([])
-            size = 0
-        shards[-1].append(entry)
-        size += entry.nbytes
-    return shards
-
-
-def _write_weights(folder: Path, plan: Sequence[Entry], tensors: Mapping[str, Tensor], limit: int) -> None:
-    shards = plan_shards(plan, limit)
-    weight_map: dict[str, str] = {}
-    for number, shard in enumerate(shards, start=1):
-        name = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        save_file({e.name: e.build(tensors) for e in shard}, folder / name, metadata={"format": "pt"})
-        weight_map.update({e.name: name for e in shard})
-    if len(shards) > 1:
-        total = sum(entry.nbytes for entry in plan)
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        _write_json(folder / "model.safetensors.index.json", index)
-
-
 def _generation_config(config: ModelConfig, target: Target) -> dict[str, Any]:
     result: dict[str, Any] = {"bos_token_id": BOS, "eos_token_id": EOS, "pad_token_id": PAD}
     if target != "polylepis" and config.padded_vocab > config.vocab_size:
         # Ours has −∞ there; the library's classes would compute logits from rows that were never trained.
         result["suppress_tokens"] = list(range(config.vocab_size, config.padded_vocab))
     return result
-
-
-def _model_card(
-    config: ModelConfig,
-    target: Target,
-    vocabulary: Mapping[str, Any] | None,
-    dtype: torch.dtype,
-    facts: Mapping[str, Any],
-) -> str:
-    trust = ", trust_remote_code=True" if target == "polylepis" else ""
-    table = {
-        "class": CLASSES[target],
-        "pattern": f"`{config.symbols}`",
-        "parameters": f"{count_parameters(config):,}",
-        "stored in": str(dtype).removeprefix("torch."),
-        "vocabulary": f"{config.vocab_size} ids, padded to {config.padded_vocab}",
-        **facts,
-    }
-    lines = [
-        "---",
-        "library_name: transformers",
-        "pipeline_tag: text-generation",
-        "---",
-        "",
-        "# Trained with Polylepis",
-        "",
-        "| | |",
-        "|---|---|",
-        *(f"| {name} | {value} |" for name, value in table.items()),
-        "",
-        "```python",
-        "from transformers import AutoModelForCausalLM",
-        "",
-        f'model = AutoModelForCausalLM.from_pretrained("."{trust})',
-        "```",
-        "",
-        f"Special ids: {PAD} padding, {BOS} begin of document, {EOS} end of document.",
-    ]
-    if vocabulary:
-        lines += ["Tokens of each modality (subtract the first id to get the tokenizer's or codec's own):", ""]
-        lines += _ranges(vocabulary)
-    warning = caution(config, target)
-    if warning:
-        lines += ["", f"**Beware:** {warning}."]
-    if target != "polylepis":
-        lines += ["", "Logits of the vocabulary's padding mean nothing; `generation_config.json` suppresses them."]
-    return "\n".join(lines) + "\n"
-
-
-def _ranges(vocabulary: Mapping[str, Any]) -> list[str]:
-    lines = []
-    start = vocabulary["specials"]
-    for k, name in enumerate(vocabulary["modalities"]):
-        stop = start + vocabulary["sizes"][k]
-        span = f"; a span opens with {2 * k + 2} and closes with {2 * k + 3}" if k else ""
-        lines.append(f"- {name}: ids {start} to {stop - 1}{span}")
-        start = stop
-    return lines
 
 
 def _write_json(path: Path, value: Mapping[str, Any]) -> None:

@@ -113,7 +113,7 @@ class PolylepisMamba(nn.Module):
         super().__init__()
         self.sizes = sizes = config.layer(index)
         self.modalities = config.modalities
-        d, inner = config.hidden_size, sizes["expand"] * config.hidden_size
+        d, inner = config.hidden_size, sizes["width"] or sizes["expand"] * config.hidden_size
         self.heads, states = inner // sizes["head_dim"], sizes["n_groups"] * sizes["d_state"]
         self.widths = [inner, states, states]
         widths = {"z": inner, "x": inner, "B": states, "C": states, "dt": self.heads}
@@ -297,7 +297,7 @@ class PolylepisExperts(nn.Module):
         self.experts = nn.ModuleList(experts)
         self.shared_experts = PolylepisFeedForward(d, sizes["d_ff_shared"], kind)
 
-    def forward(self, h: Tensor, batch: Any = None, cache: Any = None) -> Tensor:
+    def forward(self, h: Tensor, batch: dict[str, Any], cache: Any = None) -> Tensor:
         h_TD = h.flatten(0, 1)
         chosen, weights = self.gate(h_TD, batch["modality_ids"].flatten())
         rows = h_TD.repeat_interleave(chosen.shape[1], dim=0)

@@ -1,96 +1,78 @@
-"""Names: from our logical parts to the tensors of a Hugging Face folder, as the registry of layer kinds declares it.
+"""Names: the tensors of a Hugging Face folder as rules over our logical parts, from the registry of layer kinds.
 
-The library's classes and ours share one layout, that of NemotronH on disk; they differ in the prefix (`backbone.` or
-`model.`) and in the Mamba projections, which our own class keeps apart (`in_proj.z.weight`), one tensor per modality
-where they are routed (`in_proj.z.image.weight`).
+`backbone` rules are NemotronH's and Mamba2's layout on disk; our own class has it with the Mamba projections apart
+(`in_proj.z.weight`), one tensor per modality where they are routed (`in_proj.z.image.weight`); GraniteMoeHybrid has
+one layer where we have two (mixer, then MLP). Read forwards the rules export, read backwards they import.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from ...parallel.kinds.base import HFKey
 from ...parallel.model import ModelConfig
 from ...parallel.parts import Part
-from ..errors import CheckpointError
+from ..maps import KEEP, Cast, Map, Pack, Unsqueeze
+from ..surgery import SENSITIVE
+from ..transforms import Rule, Source, Tensors, Transformed, check_tensors, invert
 from .targets import Target
 
-# Small and sensitive: decays and thresholds. Stored in float32 whatever the weights are stored in.
-ALWAYS_FLOAT32 = ("A_log", "D", "dt_bias", "selection_bias")
 BUFFER = HFKey("gate.e_score_correction_bias", ("selection_bias",))
 
 
-@dataclass(frozen=True)
-class Entry:
-    """One tensor of the exported folder.
+def export_rules(config: ModelConfig, target: Target) -> list[Rule]:
+    """One rule per tensor of the exported folder, embedding first, output projection last; nothing is rounded.
 
-    Attributes:
-        name: its key.
-        sources: our tensors, concatenated along dim 0.
-        shape: of the result.
-        unsqueeze: a dimension of size 1 to insert, or None.
-        dtype: it is stored in.
+    Args:
+        config: a model that `target` can hold.
     """
-
-    name: str
-    sources: tuple[str, ...]
-    shape: tuple[int, ...]
-    unsqueeze: int | None
-    dtype: torch.dtype
-
-    @property
-    def nbytes(self) -> int:
-        return math.prod(self.shape) * self.dtype.itemsize
-
-    def build(self, tensors: Mapping[str, Tensor]) -> Tensor:
-        """The tensor itself, contiguous, on the CPU, in memory of its own.
-
-        Raises:
-            CheckpointError: a source is absent or has another shape than the model declares.
-        """
-        absent = [source for source in self.sources if source not in tensors]
-        if absent:
-            raise CheckpointError(f"the checkpoint holds no {absent[0]}, which {self.name} is made of")
-        pieces = [tensors[source].detach() for source in self.sources]
-        value = torch.cat(pieces) if len(pieces) > 1 else pieces[0]
-        value = value if self.unsqueeze is None else value.unsqueeze(self.unsqueeze)
-        if tuple(value.shape) != self.shape:
-            raise CheckpointError(f"{self.name}: {tuple(value.shape)} in the checkpoint, {self.shape} in the model")
-        return value.to(device="cpu", dtype=self.dtype, copy=True).contiguous()
+    shapes = model_shapes(config)
+    rules = list(_granite(config, shapes) if target == "granite" else _backbone(config, target, shapes))
+    used = sorted(source for rule in rules for source in rule.sources)
+    if used != sorted(shapes):
+        different = sorted(set(used) ^ set(shapes))
+        raise AssertionError(f"the layout must use every tensor once: {different or 'some are used twice'}")
+    return rules
 
 
-def entries(config: ModelConfig, target: Target, dtype: torch.dtype) -> list[Entry]:
-    """Every tensor of the exported folder, embedding first, output projection last."""
-    prefix = "model." if target == "polylepis" else "backbone."
-    shapes = _shapes(config)
+def exported(config: ModelConfig, target: Target, tensors: Source, dtype: torch.dtype | None = None) -> Transformed:
+    """Our tensors as the exported folder holds them, read when they are asked for.
 
-    def entry(name: str, sources: tuple[str, ...], unsqueeze: int | None = None) -> Entry:
-        rows = sum(shapes[source][0] for source in sources)
-        shape = [rows, *shapes[sources[0]][1:]]
-        if unsqueeze is not None:
-            shape.insert(unsqueeze, 1)
-        kept = any(word in ALWAYS_FLOAT32 for word in sources[0].split("."))
-        return Entry(name, sources, tuple(shape), unsqueeze, torch.float32 if kept else dtype)
+    Args:
+        tensors: the model's logical tensors.
+        dtype: of the folder; small and sensitive tensors are float32 in any. None rounds nothing.
 
-    result = [entry(f"{prefix}embeddings.weight", ("embed.weight",))]
-    for index in range(len(config.symbols)):
-        ours, theirs = f"layers.{index}.", f"{prefix}layers.{index}."
-        result.append(entry(f"{theirs}norm.weight", (f"{ours}norm.weight",)))
-        for key in _layer_keys(config, index, target):
-            sources = tuple(f"{ours}mixer.{part}" for part in key.parts)
-            result.append(entry(f"{theirs}mixer.{key.name}", sources, key.unsqueeze))
-    result.append(entry(f"{prefix}norm_f.weight", ("final_norm.weight",)))
-    result.append(entry("lm_head.weight", ("lm_head.weight",)))
-    _check_complete(result, shapes)
-    return result
+    Raises:
+        CheckpointError: tensors are absent, of another shape, or not this model's.
+    """
+    check_tensors("the checkpoint", tensors.specs(), model_shapes(config))
+    rules = export_rules(config, target)
+    if dtype is not None:
+        rules = [Rule(r.sources, r.targets, r.map.then(Cast(stored_dtype(r.sources[0], dtype)))) for r in rules]
+    return Transformed(tensors, rules).in_order(rule.targets[0] for rule in rules)
 
 
-def _shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+def imported(config: ModelConfig, target: Target, tensors: Source) -> Transformed:
+    """The tensors of a folder as our logical tensors: the export's rules read backwards.
+
+    Raises:
+        CheckpointError: as `exported`.
+    """
+    expected = exported_shapes(config, target)
+    check_tensors("the folder", tensors.specs(), expected)
+    return Transformed(tensors, invert(export_rules(config, target))).in_order(model_shapes(config))
+
+
+def exported_shapes(config: ModelConfig, target: Target) -> dict[str, tuple[int, ...]]:
+    """Shape of every tensor of the exported folder, by its name there."""
+    metas = {name: torch.empty(shape, device="meta") for name, shape in model_shapes(config).items()}
+    specs = Transformed(Tensors(metas), export_rules(config, target)).specs()
+    return {name: spec.shape for name, spec in specs.items()}
+
+
+def model_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Shape of every logical tensor of a checkpoint, banks split, selection biases included."""
     shapes = {key: part.shape for name, part in config.parts().items() for key in part.entry_names(name)}
     for index, symbol in enumerate(config.symbols):
@@ -99,15 +81,63 @@ def _shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def _layer_keys(config: ModelConfig, index: int, target: Target) -> Iterator[HFKey]:
-    """The keys of one mixer with experts counted out, and for our own class projections kept apart."""
+def stored_dtype(name: str, dtype: torch.dtype) -> torch.dtype:
+    """What one of our tensors is stored in: decays, thresholds and biases in float32 whatever the others are in."""
+    return torch.float32 if any(word in SENSITIVE for word in name.split(".")) else dtype
+
+
+def _rule(
+    shapes: Mapping[str, tuple[int, ...]], name: str, sources: tuple[str, ...], unsqueeze: int | None = None
+) -> Rule:
+    map_: Map = Pack(tuple(shapes[source][0] for source in sources)) if len(sources) > 1 else KEEP
+    return Rule(sources, (name,), map_ if unsqueeze is None else map_.then(Unsqueeze(unsqueeze)))
+
+
+def _backbone(config: ModelConfig, target: Target, shapes: Mapping[str, tuple[int, ...]]) -> Iterator[Rule]:
+    prefix = "model." if target == "polylepis" else "backbone."
+    yield Rule(("embed.weight",), (f"{prefix}embeddings.weight",))
+    for index in range(len(config.symbols)):
+        ours, theirs = f"layers.{index}.", f"{prefix}layers.{index}."
+        yield Rule((f"{ours}norm.weight",), (f"{theirs}norm.weight",))
+        for key in layer_keys(config, index, split=target == "polylepis"):
+            sources = tuple(f"{ours}mixer.{part}" for part in key.parts)
+            yield _rule(shapes, f"{theirs}mixer.{key.name}", sources, key.unsqueeze)
+    yield Rule(("final_norm.weight",), (f"{prefix}norm_f.weight",))
+    yield Rule(("lm_head.weight",), ("lm_head.weight",))
+
+
+def _granite(config: ModelConfig, shapes: Mapping[str, tuple[int, ...]]) -> Iterator[Rule]:
+    """Our layers 2k and 2k+1 are its layer k."""
+    yield Rule(("embed.weight",), ("model.embed_tokens.weight",))
+    for index in range(0, len(config.symbols), 2):
+        theirs = f"model.layers.{index // 2}."
+        mixer, mlp = f"layers.{index}", f"layers.{index + 1}"
+        yield Rule((f"{mixer}.norm.weight",), (f"{theirs}input_layernorm.weight",))
+        module = "mamba" if config.symbols[index] == "M" else "self_attn"
+        for key in layer_keys(config, index):
+            sources = tuple(f"{mixer}.mixer.{part}" for part in key.parts)
+            yield _rule(shapes, f"{theirs}{module}.{key.name}", sources, key.unsqueeze)
+        yield Rule((f"{mlp}.norm.weight",), (f"{theirs}post_attention_layernorm.weight",))
+        gated = tuple(f"{mlp}.mixer.{name}_proj.weight" for name in ("gate", "up"))
+        yield _rule(shapes, f"{theirs}shared_mlp.input_linear.weight", gated)
+        yield Rule((f"{mlp}.mixer.down_proj.weight",), (f"{theirs}shared_mlp.output_linear.weight",))
+    yield Rule(("final_norm.weight",), ("model.norm.weight",))
+    yield Rule(("lm_head.weight",), ("lm_head.weight",))
+
+
+def layer_keys(config: ModelConfig, index: int, split: bool = False) -> Iterator[HFKey]:
+    """The keys of one mixer, experts counted out.
+
+    Args:
+        split: Mamba projections apart, one key per modality where they are routed.
+    """
     kind, layer = config.layer(index)
     parts = kind.parts(layer, config.shape)
     for key in kind.hf_keys(layer):
         if "{j}" in key.name:
             for j in range(layer.n_experts):
                 yield HFKey(key.name.format(j=j), tuple(part.format(j=j) for part in key.parts), key.unsqueeze)
-        elif target == "polylepis" and kind.symbol == "M" and key.unsqueeze is None and key.name != "conv1d.bias":
+        elif split and kind.symbol == "M" and key.unsqueeze is None and key.name != "conv1d.bias":
             for part in key.parts:
                 yield from _routed(part, parts[part])
         else:
@@ -123,15 +153,3 @@ def _routed(name: str, part: Part) -> Iterator[HFKey]:
     stem, dot, leaf = name.rpartition(".weight") if name.endswith(".weight") else (name, "", "")
     for entry, ours in zip(part.entries, part.entry_names(name), strict=False):
         yield HFKey(f"{stem}.{entry}{dot}{leaf}", (ours,))
-
-
-def _check_complete(result: list[Entry], shapes: Mapping[str, tuple[int, ...]]) -> None:
-    used = sorted(source for entry in result for source in entry.sources)
-    if used != sorted(shapes):
-        different = sorted(set(used) ^ set(shapes))
-        raise AssertionError(f"the layout must use every tensor once: {different or 'some are used twice'}")
-
-
-def unknown_tensors(entries_: list[Entry], tensors: Mapping[str, Tensor]) -> list[str]:
-    """Tensors of the checkpoint that no entry is made of: it holds another model than the configuration says."""
-    return sorted(set(tensors) - {source for entry in entries_ for source in entry.sources})

@@ -14,26 +14,33 @@ from ...parallel.mesh import MeshConfig, build_mesh
 from ...parallel.model import HybridModel, ModelConfig
 from ..errors import CheckpointError
 from ..sharded import model_tensors
-from .layout import Entry
+from ..transforms import Source, Tensors, stream
+from .layout import stored_dtype
 
 Logits = Callable[[Tensor, Tensor], Tensor]  # tokens [s], modality ids [s] → logits [s, V]
 
 
-def reference_logits(config: ModelConfig, tensors: Mapping[str, Tensor], plan: list[Entry]) -> Logits:
-    """Logits of our model on the CPU in float32, its weights rounded to what the export stores.
-
-    Args:
-        config: the model.
-        tensors: its logical tensors.
-        plan: the export's entries, which say how each tensor is stored.
+def reference_logits(config: ModelConfig, tensors: Source, dtype: torch.dtype = torch.float32) -> Logits:
+    """Logits of our model on the CPU in float32, its weights rounded to what an export in `dtype` stores.
 
     Raises:
         CheckpointError: a tensor is absent or has another shape.
     """
-    stored = {source: entry.dtype for entry in plan for source in entry.sources}
     model = build_model(config, build_mesh(MeshConfig(dp_shard=1), "cpu"))
-    fill(model, {name: tensor.to(stored[name]) for name, tensor in tensors.items()})
+    fill(model, {name: tensor.to(stored_dtype(name, dtype)) for name, tensor in stream(tensors)})
     return logits_of(model)
+
+
+def fresh_tensors(config: ModelConfig, seed: int = 0) -> Tensors:
+    """A fresh model's logical tensors, small ones away from their initial value so that none could be mistaken."""
+    model = build_model(config, build_mesh(MeshConfig(dp_shard=1), "cpu"), seed=seed)
+    generator = torch.Generator().manual_seed(seed)
+    tensors = {}
+    for name, tensor in model_tensors(model).items():
+        whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        noise = torch.rand(whole.shape, generator=generator) * 0.2
+        tensors[name] = whole.detach() + noise if whole.dim() == 1 else whole.detach()
+    return Tensors(tensors)
 
 
 def fill(model: HybridModel, tensors: Mapping[str, Tensor]) -> None:

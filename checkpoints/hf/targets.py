@@ -7,7 +7,7 @@ the weights. Reasons for each refusal were measured with transformers 5.15.1 and
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, Literal, get_args
 
 import torch
@@ -16,11 +16,12 @@ from ...parallel.kinds import KINDS
 from ...parallel.model import ModelConfig
 from ..errors import CheckpointError
 
-Target = Literal["mamba2", "nemotron_h", "polylepis"]
+Target = Literal["mamba2", "nemotron_h", "granite", "polylepis"]
 TARGETS: tuple[Target, ...] = get_args(Target)  # in order of preference
 CLASSES: Mapping[Target, str] = {
     "mamba2": "Mamba2ForCausalLM",
     "nemotron_h": "NemotronHForCausalLM",
+    "granite": "GraniteMoeHybridForCausalLM",
     "polylepis": "PolylepisForCausalLM",
 }
 PAD, BOS, EOS = 0, 1, 2
@@ -29,7 +30,7 @@ TRAINING_ONLY = ("bias_update_rate", "aux_sequence", "aux_global", "z_loss", "ca
 ROUTER = ("router", "renormalise", "n_groups", "top_groups", "partition", "activation")
 # What the library classes have once for the whole model. Tiling and initial values are not among it.
 SIZES: Mapping[str, tuple[str, ...]] = {
-    "M": ("expand", "d_state", "head_dim", "n_groups", "d_conv"),
+    "M": ("expand", "width", "d_state", "head_dim", "n_groups", "d_conv"),
     "*": ("n_heads", "n_kv_heads", "head_dim", "rope_base"),
     "-": ("d_ff", "activation"),
     "E": ("n_experts", "top_k", "d_ff", "d_ff_shared", "scale", *ROUTER),
@@ -40,15 +41,19 @@ def choose_target(config: ModelConfig, wanted: str | None = None) -> Target:
     """The class to export to: `wanted`, or the first that can hold the model.
 
     Raises:
-        CheckpointError: `wanted` is unknown or cannot hold the model; says why.
+        CheckpointError: `wanted` is unknown or cannot hold the model; says why, and which can.
     """
+    nearest = next(t for t in TARGETS if refusal(config, t) is None)
     if wanted is None:
-        return next(t for t in TARGETS if refusal(config, t) is None)
+        return nearest
     for target in TARGETS:
         if target == wanted:
             reason = refusal(config, target)
             if reason is not None:
-                raise CheckpointError(f"{CLASSES[target]} cannot hold this model: {reason}; leave out --target")
+                raise CheckpointError(
+                    f"{CLASSES[target]} cannot hold this model: {reason}; the nearest that can is {CLASSES[nearest]} "
+                    f"(--target {nearest})"
+                )
             return target
     raise CheckpointError(f"unknown target {wanted!r}; accepted are {', '.join(TARGETS)}")
 
@@ -57,20 +62,41 @@ def refusal(config: ModelConfig, target: Target) -> str | None:
     """Why `target` cannot hold the model, or None."""
     if target == "polylepis":
         return None
+    reason = {"mamba2": _not_mamba2, "nemotron_h": _not_nemotron_h, "granite": _not_granite}[target](config)
+    return _routed(config) or reason or _not_uniform(config)
+
+
+def _layers(config: ModelConfig) -> Iterator[tuple[int, str, Any]]:
+    for index, symbol in enumerate(config.symbols):
+        yield index, symbol, config.layer(index)[1]
+
+
+def _not_mamba2(config: ModelConfig) -> str | None:
+    if set(config.symbols) != {"M"}:
+        return f"the pattern {config.symbols} has layers other than M"
+    return _uneven_width(config)
+
+
+def _uneven_width(config: ModelConfig) -> str | None:
+    for index, symbol, layer in _layers(config):
+        if symbol == "M" and layer.d_inner(config.shape) % config.d_model:
+            inner = layer.d_inner(config.shape)
+            return f"layer {index} has the inner width {inner}, not a multiple of d_model {config.d_model}"
+    return None
+
+
+def _not_nemotron_h(config: ModelConfig) -> str | None:
     symbols = config.symbols
-    if target == "mamba2" and set(symbols) != {"M"}:
-        return f"the pattern {symbols} has layers other than M"
-    if target == "nemotron_h" and "*" not in symbols:
+    if "*" not in symbols:
         return f"its cache counts tokens in a * layer, and the pattern {symbols} has none"
-    sizes: dict[str, tuple[int, tuple[Any, ...]]] = {}
-    for index, symbol in enumerate(symbols):
-        layer = config.layer(index)[1]
-        if symbol == "M" and layer.routed:
-            return f"layer {index} routes {', '.join(layer.routed)} by modality"
+    activations = set()
+    for index, symbol, layer in _layers(config):
         if symbol == "*" and layer.rope_base is not None:
             return f"layer {index} has rotary embeddings"
         if symbol == "-" and layer.activation == "swiglu":
             return f"layer {index} is a swiglu MLP"
+        if symbol == "-":
+            activations.add(layer.activation)
         if symbol == "E" and (layer.n_experts < 2 or layer.d_ff_shared < 1):
             return f"layer {index} has {layer.n_experts} experts and a shared one of width {layer.d_ff_shared}"
         if symbol == "E" and (layer.router != "sigmoid" or layer.partition or layer.activation != "relu2"):
@@ -82,12 +108,38 @@ def refusal(config: ModelConfig, target: Target) -> str | None:
             return (
                 f"layer {index} has experts of {config.d_model} × {layer.d_ff}; its grouped GEMM needs multiples of 8"
             )
+    if "E" in symbols and activations - {"relu2"}:
+        return f"it has one activation for MLPs ({', '.join(sorted(activations))}) and experts (relu2)"
+    return None
+
+
+def _not_granite(config: ModelConfig) -> str | None:
+    symbols = config.symbols
+    if len(symbols) % 2 or set(symbols[::2]) - set("M*") or set(symbols[1::2]) - {"-"}:
+        return f"each of its layers is M or * and then -, and the pattern {symbols} is not made of such pairs"
+    if "*" not in symbols:
+        return f"its cache counts tokens in a * layer, and the pattern {symbols} has none"
+    for index, symbol, layer in _layers(config):
+        if symbol == "-" and layer.activation != "swiglu":
+            return f"layer {index} is a {layer.activation} MLP, and its own are swiglu"
+    return _uneven_width(config)
+
+
+def _routed(config: ModelConfig) -> str | None:
+    for index, symbol, layer in _layers(config):
+        if symbol == "M" and layer.routed:
+            return f"layer {index} routes {', '.join(layer.routed)} by modality"
+    return None
+
+
+def _not_uniform(config: ModelConfig) -> str | None:
+    """What no library class can hold: layers of one kind that differ."""
+    sizes: dict[str, tuple[int, tuple[Any, ...]]] = {}
+    for index, symbol, layer in _layers(config):
         values = tuple(getattr(layer, name) for name in SIZES[symbol])
         first, known = sizes.setdefault(symbol, (index, values))
         if known != values:
             return f"layers {first} and {index}, both {symbol}, differ in size"
-    if {"-", "E"} <= sizes.keys() and sizes["-"][1][1] != "relu2":
-        return f"it has one activation for MLPs ({sizes['-'][1][1]}) and experts (relu2)"
     return None
 
 
@@ -99,6 +151,12 @@ def caution(config: ModelConfig, target: Target) -> str | None:
             f"transformers up to 5.21.1 normalises all {groups} groups of a Mamba2ForCausalLM at once, which is "
             f"silently wrong; 5.23 is right"
         )
+    if target == "nemotron_h" and "gelu" in {layer.activation for _, symbol, layer in _layers(config) if symbol == "-"}:
+        return "vLLM's NemotronH computes relu2 whatever mlp_hidden_act says (here gelu); transformers is right"
+    if target == "granite":
+        attention = first_layer(config, "*")
+        if attention.n_heads * attention.head_dim != config.d_model:
+            return f"vLLM takes {config.d_model} / {attention.n_heads} as head_dim, not {attention.head_dim}"
     return None
 
 
@@ -115,7 +173,7 @@ def config_json(
     """
     common = {
         "architectures": [CLASSES[target]],
-        "model_type": target,
+        "model_type": "granitemoehybrid" if target == "granite" else target,
         "dtype": str(dtype).removeprefix("torch."),
         "vocab_size": config.padded_vocab,
         "used_vocab_size": config.vocab_size,
@@ -129,7 +187,7 @@ def config_json(
         "bos_token_id": BOS,
         "eos_token_id": EOS,
     }
-    builders = {"mamba2": _mamba2, "nemotron_h": _nemotron_h, "polylepis": _polylepis}
+    builders = {"mamba2": _mamba2, "nemotron_h": _nemotron_h, "granite": _granite, "polylepis": _polylepis}
     return common | builders[target](config, context)
 
 
@@ -139,6 +197,11 @@ def first_layer(config: ModelConfig, symbol: str) -> Any:
     return getattr(config, KINDS[symbol].section) if index < 0 else config.layer(index)[1]
 
 
+def _expand(config: ModelConfig) -> int:
+    """Inner width over d_model, which only NemotronH does not need to be whole (it multiplies heads and head_dim)."""
+    return max(1, first_layer(config, "M").d_inner(config.shape) // config.d_model)
+
+
 def _mamba2(config: ModelConfig, context: int) -> dict[str, Any]:
     mamba = first_layer(config, "M")
     return {
@@ -146,7 +209,7 @@ def _mamba2(config: ModelConfig, context: int) -> dict[str, Any]:
         "num_heads": mamba.n_heads(config.shape),
         "head_dim": mamba.head_dim,
         "n_groups": mamba.n_groups,
-        "expand": mamba.expand,
+        "expand": _expand(config),
         "conv_kernel": mamba.d_conv,
         "chunk_size": mamba.chunk_size,
         "use_conv_bias": True,
@@ -181,8 +244,8 @@ def _nemotron_h(config: ModelConfig, context: int) -> dict[str, Any]:
         "mamba_n_groups": mamba.n_groups,
         "conv_kernel": mamba.d_conv,
         "mamba_d_conv": mamba.d_conv,
-        "expand": mamba.expand,
-        "mamba_expand": mamba.expand,
+        "expand": _expand(config),
+        "mamba_expand": _expand(config),
         "chunk_size": mamba.chunk_size,
         "mamba_chunk_size": mamba.chunk_size,
         "use_conv_bias": True,
@@ -209,6 +272,46 @@ def _nemotron_h(config: ModelConfig, context: int) -> dict[str, Any]:
             "n_group": moe.n_groups,
             "topk_group": moe.top_groups,
         }
+    return result
+
+
+def _granite(config: ModelConfig, context: int) -> dict[str, Any]:
+    """Its multipliers at 1, but for the one that scales attention. Layer types by their older names, as vLLM reads."""
+    mamba, attention, mlp = (first_layer(config, symbol) for symbol in "M*-")
+    names = {"M": "mamba", "*": "attention"}
+    result = {
+        "num_hidden_layers": len(config.symbols) // 2,
+        "layer_types": [names[symbol] for symbol in config.symbols[::2]],
+        "num_attention_heads": attention.n_heads,
+        "num_key_value_heads": attention.n_kv_heads,
+        "head_dim": attention.head_dim,
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "attention_multiplier": attention.head_dim**-0.5,
+        "embedding_multiplier": 1.0,
+        "residual_multiplier": 1.0,
+        "logits_scaling": 1.0,
+        "position_embedding_type": "nope" if attention.rope_base is None else "rope",
+        "num_local_experts": 0,
+        "num_experts_per_tok": 0,
+        "intermediate_size": mlp.d_ff,
+        "shared_intermediate_size": mlp.d_ff,
+        "hidden_act": "silu",
+        "rms_norm_eps": config.norm_eps,
+        "mamba_n_heads": mamba.n_heads(config.shape),
+        "mamba_d_head": mamba.head_dim,
+        "mamba_n_groups": mamba.n_groups,
+        "mamba_d_state": mamba.d_state,
+        "mamba_d_conv": mamba.d_conv,
+        "mamba_expand": _expand(config),
+        "mamba_chunk_size": mamba.chunk_size,
+        "mamba_conv_bias": True,
+        "mamba_proj_bias": False,
+        "max_position_embeddings": context,
+    }
+    if attention.rope_base is not None:
+        base = attention.rope_base
+        result |= {"rope_theta": base, "rope_parameters": {"rope_type": "default", "rope_theta": base}}
     return result
 
 

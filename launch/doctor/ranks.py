@@ -20,7 +20,7 @@ import torch.distributed as dist
 from ...parallel.mesh import init_process_group
 from ...pretrain.config import RunConfig, load_config
 from .node import facts, node_name, time_product
-from .report import Check, Report, Thresholds, compare_facts, table
+from .report import Check, Report, Status, Thresholds, compare_facts, table
 
 MIB = 2**20
 PINGS = 8
@@ -123,7 +123,7 @@ def check_all_reduce(ranks: Ranks, limits: Thresholds) -> list[Check]:
         speed = 2 * (ranks.size - 1) / ranks.size * tensor.nbytes / seconds / 1e9
         said.append(f"{size} MB {speed:.2f} GB/s")
     least = limits.all_reduce_gb_per_second
-    status = "ok" if ranks.size == 1 or speed >= least else "fail"
+    status: Status = "ok" if ranks.size == 1 or speed >= least else "fail"
     checks.append(Check("bus bandwidth", status, ", ".join(said), f"at least {least:g} GB/s" if least else ""))
     return checks
 

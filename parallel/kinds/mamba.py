@@ -36,6 +36,7 @@ class MambaConfig:
 
     Attributes:
         expand: inner width over d_model.
+        width: the inner width where it is no multiple of d_model (some published models), None for expand·d_model.
         d_state, head_dim, n_groups: N, P and G of SSD; heads = expand · d_model / head_dim.
         d_conv: width of the causal convolution over x, B and C.
         chunk_size: tiling of SSD (no effect on the numbers).
@@ -45,6 +46,7 @@ class MambaConfig:
     """
 
     expand: int = 2
+    width: int | None = None
     d_state: int = 128
     head_dim: int = 64
     n_groups: int = 8
@@ -59,7 +61,7 @@ class MambaConfig:
     __pydantic_config__ = {"extra": "forbid"}
 
     def d_inner(self, shape: Shape) -> int:
-        return self.expand * shape.d_model
+        return self.expand * shape.d_model if self.width is None else self.width
 
     def n_heads(self, shape: Shape) -> int:
         return self.d_inner(shape) // self.head_dim
@@ -72,7 +74,8 @@ def check(config: MambaConfig, shape: Shape, tp: int) -> None:
     if unknown:
         raise PlanError(f"model.mamba.routed: {', '.join(unknown)} cannot be routed; accepted: {', '.join(ROUTABLE)}")
     if d_inner % config.head_dim:
-        raise PlanError(f"model.mamba: expand·d_model = {d_inner} is not divisible by head_dim {config.head_dim}")
+        name = "expand·d_model" if config.width is None else "width"
+        raise PlanError(f"model.mamba: {name} = {d_inner} is not divisible by head_dim {config.head_dim}")
     if not 1 <= config.d_conv <= HALO + 1:
         raise PlanError(f"model.mamba.d_conv: {config.d_conv} is outside 1 to {HALO + 1}")
     if heads % config.n_groups:

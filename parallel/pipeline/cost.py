@@ -80,7 +80,8 @@ class Seconds:
 class Timing(Protocol):
     """Where seconds come from: a roofline or measurements."""
 
-    device: Device
+    @property
+    def device(self) -> Device: ...
 
     def layer(self, kind: Kind, config: Any, model: ModelConfig, load: Load) -> Seconds: ...
 

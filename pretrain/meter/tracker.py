@@ -1,55 +1,43 @@
-"""Where the numbers of a run go: `metrics.jsonl`, a progress bar, wandb, `loss.png`."""
+"""Rank 0's record of a run: what is measured goes to every sink; `loss.png`."""
 
 from __future__ import annotations
 
-import json
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
 
-from tqdm import tqdm
+from .sinks import METRICS_FILE, Bar, JsonLines, Sink, TensorBoard, Wandb, read_metrics
 
-METRICS_FILE = "metrics.jsonl"
+__all__ = ["METRICS_FILE", "Tracker", "plot_losses", "read_metrics"]
 
 
 class Tracker:
     """Rank 0's record of a run. Opening it at step k drops lines of later steps, which a resumed run writes again."""
 
     def __init__(self, folder: Path, steps: int, first_step: int, progress: bool = True) -> None:
-        self.folder = folder
-        self.path = folder / METRICS_FILE
-        kept = [line for line in read_metrics(folder) if line["step"] <= first_step]
-        aside = self.path.with_suffix(".part")
-        aside.write_text("".join(json.dumps(line) + "\n" for line in kept))
-        aside.replace(self.path)
-        self.file = open(self.path, "a")
-        self.bar = tqdm(total=steps, initial=first_step, unit="step", disable=not progress, file=sys.stderr)
-        self.wandb: Any = None
+        self.folder, self._first = folder, first_step
+        self.sinks: list[Sink] = [JsonLines(folder, first_step)]
+        if progress:
+            self.sinks.append(Bar(steps, first_step))
 
     def start_wandb(self, mode: Literal["auto", "offline", "online"], project: str, name: str, config: Any) -> None:
-        """Also log to wandb; `auto` is online where a key is configured, offline in the run folder otherwise."""
-        import wandb
+        """Also log to wandb; see `Wandb`."""
+        self.sinks.append(Wandb(self.folder, mode, project, name, config))
 
-        if mode == "auto":
-            mode = "online" if wandb.api.api_key else "offline"
-        settings = wandb.Settings(silent=True)
-        self.wandb = wandb.init(
-            dir=str(self.folder), mode=mode, project=project, name=name, config=config, settings=settings
-        )
+    def start_tensorboard(self) -> None:
+        """Also log to TensorBoard; see `TensorBoard`."""
+        self.sinks.append(TensorBoard(self.folder, self._first))
 
     def log(self, metrics: Mapping[str, Any]) -> None:
         """One step's metrics; `step` and the `loss/…` of each modality among them."""
-        self.file.write(json.dumps(metrics) + "\n")
-        self.file.flush()
-        shown = {key.removeprefix("loss/"): f"{v:.2f}" for key, v in metrics.items() if key.startswith("loss/")}
-        shown["tok/s"] = f"{metrics['tokens_per_second']:,.0f}"
-        shown["s/step"] = f"{metrics['step_seconds']:.2f}"
-        self.bar.set_postfix(shown, refresh=False)
-        self.bar.update(1)
-        if self.wandb is not None:
-            self.wandb.log(dict(metrics), step=metrics["step"])
+        for sink in self.sinks:
+            sink.log(metrics)
+
+    def rewind(self, step: int) -> None:
+        """The run has rolled back to `step`."""
+        for sink in self.sinks:
+            sink.rewind(step)
 
     def __enter__(self) -> Tracker:
         return self
@@ -57,22 +45,8 @@ class Tracker:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.bar.close()
-        self.file.close()
-        if self.wandb is not None:
-            self.wandb.finish(exit_code=0 if kind is None else 1)
-
-
-def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """All complete lines of a run's metrics; a line cut by a crash is left out."""
-    path = folder / METRICS_FILE
-    lines: list[dict[str, Any]] = []
-    for text in path.read_text().splitlines() if path.is_file() else []:
-        try:
-            lines.append(json.loads(text))
-        except json.JSONDecodeError:
-            break
-    return lines
+        for sink in self.sinks:
+            sink.close(0 if kind is None else 1)
 
 
 def plot_losses(folder: Path, modalities: Sequence[str]) -> Path:

@@ -5,9 +5,14 @@ from __future__ import annotations
 import html
 from pathlib import Path
 from types import MappingProxyType
+from typing import TYPE_CHECKING
 
 from ...parallel.pipeline.simulate import Timeline
 from ..errors import ConfigError
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 COLOURS = MappingProxyType({"F": "#9ecae1", "B": "#74c476", "I": "#74c476", "W": "#fdae6b"})
 NAMES = MappingProxyType({"F": "forward", "B": "backward", "I": "backward of inputs", "W": "backward of weights"})
@@ -39,21 +44,26 @@ def _chunk(timeline: Timeline, stage: int) -> int:
     return min(2, stage // timeline.schedule.n_ranks)
 
 
-def draw(timeline: Timeline, title: str, width: float = 12.0):  # type: ignore[no-untyped-def]
-    """A matplotlib figure: one row per pipeline rank, time to the right, micro-batch numbers where they fit."""
+def draw(timeline: Timeline, title: str) -> Figure:
+    """A matplotlib figure of one step."""
     from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(12, 1.3 + 0.42 * timeline.schedule.n_ranks), dpi=120, layout="constrained")
+    paint(figure.subplots(), timeline, title)
+    return figure
+
+
+def paint(axes: Axes, timeline: Timeline, title: str, legend: bool = True) -> None:
+    """One row per pipeline rank, time to the right, numbers of micro-batches where they fit."""
     from matplotlib.patches import Patch
 
     ranks = timeline.schedule.n_ranks
-    figure = Figure(figsize=(width, 1.3 + 0.42 * ranks), dpi=120, layout="constrained")
-    axes = figure.subplots()
     line = 0.4 if len(timeline.spans) < 150 * ranks else 0.0
     for span in timeline.spans:
         length = span.end - span.start
         colour = shade(span.op.kind, _chunk(timeline, span.op.stage))
-        axes.broken_barh(
-            [(span.start, length)], (span.rank - 0.42, 0.84), facecolors=colour, edgecolors="white", lw=line
-        )
+        bar = (span.rank - 0.42, 0.84)
+        axes.broken_barh([(span.start, length)], bar, facecolors=colour, edgecolors="white", lw=line)
         if length / timeline.seconds > 0.012:
             middle = span.start + length / 2
             axes.text(middle, span.rank, str(span.op.micro_batch), ha="center", va="center", fontsize=6.5)
@@ -62,10 +72,12 @@ def draw(timeline: Timeline, title: str, width: float = 12.0):  # type: ignore[n
     axes.set_yticks(range(ranks), [f"rank {rank}" for rank in range(ranks)], fontsize=8)
     axes.set_xlabel("seconds")
     axes.set_title(f"{title}: {timeline.seconds:.3f} s, idle {timeline.bubble:.1%}", fontsize=10, loc="left")
-    used = sorted({span.op.kind for span in timeline.spans}, key="FBIW".index)
-    patches = [Patch(color=COLOURS[kind], label=NAMES[kind]) for kind in used]
-    axes.legend(handles=patches, ncols=len(used), fontsize=7, frameon=False, loc="lower right", bbox_to_anchor=(1, 1))
-    return figure
+    if legend:
+        used = sorted({span.op.kind for span in timeline.spans}, key="FBIW".index)
+        patches = [Patch(color=COLOURS[kind], label=NAMES[kind]) for kind in used]
+        axes.legend(
+            handles=patches, ncols=len(used), fontsize=7, frameon=False, loc="lower right", bbox_to_anchor=(1, 1)
+        )
 
 
 def page(timeline: Timeline, title: str) -> str:

@@ -19,11 +19,11 @@ from torch.distributed.tensor import DTensor
 
 from polylepis.checkpoints.errors import CheckpointError
 from polylepis.checkpoints.hf.export import export, parse_size
-from polylepis.checkpoints.hf.layout import entries
 from polylepis.checkpoints.hf.reference import reference_logits
 from polylepis.checkpoints.hf.targets import caution, choose_target, refusal
 from polylepis.checkpoints.hf.verify import modality_of, probe_length, probe_tokens, transformers_module, verify
 from polylepis.checkpoints.sharded import model_tensors
+from polylepis.checkpoints.transforms import Tensors
 from polylepis.parallel.engines.fsdp import build_model
 from polylepis.parallel.kinds.attention import AttentionConfig
 from polylepis.parallel.kinds.mamba import MambaConfig
@@ -37,6 +37,9 @@ pytest.importorskip("transformers", minversion="5.15.1")
 
 VOCABULARY = {"modalities": ["text", "image", "voice"], "sizes": [10, 7, 5], "specials": 32, "vocab_multiple": 16}
 ONE_GROUP = MambaConfig(d_state=6, head_dim=4, n_groups=1, chunk_size=8)
+UNEVEN = MambaConfig(width=24, d_state=6, head_dim=4, n_groups=2, chunk_size=8)
+WIDE = AttentionConfig(n_heads=4, n_kv_heads=1, head_dim=8)
+GROUPED = MoEConfig(n_experts=8, top_k=3, d_ff=8, d_ff_shared=12, n_groups=4, top_groups=2, renormalise=False)
 GELU, SWIGLU = MLPConfig(20, "gelu"), MLPConfig(20, "swiglu")
 ROPE = AttentionConfig(n_heads=4, n_kv_heads=2, head_dim=6, rope_base=100.0)
 
@@ -66,9 +69,8 @@ def round_trip(
     """Export and verify; the report."""
     tensors = tensors_of(config)
     vocabulary = options.pop("vocabulary", VOCABULARY)
-    export(config, tensors, folder, vocabulary=vocabulary, target=target, dtype=dtype, **options)
-    plan = entries(config, choose_target(config, target), dtype)
-    return verify(folder, config, reference_logits(config, tensors, plan), vocabulary=vocabulary)
+    export(config, Tensors(tensors), folder, vocabulary=vocabulary, target=target, dtype=dtype, **options)
+    return verify(folder, config, reference_logits(config, Tensors(tensors), dtype), vocabulary=vocabulary)
 
 
 @pytest.mark.parametrize(
@@ -78,8 +80,15 @@ def round_trip(
         (HYBRID, None, "NemotronHForCausalLM"),
         (small("M--*M-", mlp=GELU), None, "NemotronHForCausalLM"),
         (small("*-E"), None, "NemotronHForCausalLM"),
+        (small("M-*-M-", mlp=SWIGLU), None, "GraniteMoeHybridForCausalLM"),
+        (small("*-M-M-", mlp=SWIGLU, attention=ROPE), None, "GraniteMoeHybridForCausalLM"),
+        (small("*-M-", mlp=SWIGLU, attention=WIDE), "granite", "GraniteMoeHybridForCausalLM"),
+        (small("M*-", mamba=UNEVEN), None, "NemotronHForCausalLM"),
+        (small("M-", mamba=UNEVEN), "polylepis", "PolylepisForCausalLM"),
         (ROUTED, None, "PolylepisForCausalLM"),
         (small("M-M*E", mlp=SWIGLU, attention=ROPE), None, "PolylepisForCausalLM"),
+        (small("M*E", moe=GROUPED), None, "NemotronHForCausalLM"),
+        (small("M*E", moe=dataclasses.replace(GROUPED, router="softmax")), None, "PolylepisForCausalLM"),
         (small("MM-"), None, "PolylepisForCausalLM"),
         (HYBRID, "polylepis", "PolylepisForCausalLM"),
     ],
@@ -114,12 +123,20 @@ def test_mamba2_with_groups(tmp_path: Path) -> None:
         (small("MM*"), "mamba2", "the pattern MM\\* has layers other than M"),
         (small("MM-"), "nemotron_h", "has none"),
         (ROUTED, "nemotron_h", "layer 0 routes z, x, B, C, dt, dt_bias, out by modality"),
+        (small("MM", mamba=UNEVEN), "mamba2", "inner width 24, not a multiple of d_model 16"),
+        (small("M-M*", mlp=SWIGLU), "granite", "not made of such pairs"),
+        (small("M--*", mlp=SWIGLU), "granite", "the pattern M--\\* is not made of such pairs"),
+        (small("M-*-"), "granite", "layer 1 is a relu2 MLP, and its own are swiglu"),
+        (small("M-M-", mlp=SWIGLU), "granite", "has none"),
+        (small("M-*-", ("x",), mlp=SWIGLU), "granite", "layer 0 routes x by modality"),
+        (small("*-*-", mlp=SWIGLU, layers={2: {"rope_base": 10.0}}), "granite", "layers 0 and 2, both \\*, differ"),
         (small("MM", ("z",)), "mamba2", "layer 0 routes z by modality"),
         (small("M*", attention=ROPE), "nemotron_h", "layer 1 has rotary embeddings"),
         (small("M*-", mlp=SWIGLU), "nemotron_h", "layer 2 is a swiglu MLP"),
         (small("M*-E", mlp=GELU), "nemotron_h", "one activation for MLPs \\(gelu\\) and experts"),
         (small("M*E", layers={2: {"d_ff": 10}}), "nemotron_h", "layer 2 has experts of 16 × 10"),
         (small("M*E", layers={2: {"n_experts": 1, "top_k": 1}}), "nemotron_h", "layer 2 has 1 experts"),
+        (small("M*E", moe=dataclasses.replace(GROUPED, activation="swiglu")), "nemotron_h", "swiglu under a"),
         (small("M*--", layers={3: {"d_ff": 12}}), "nemotron_h", "layers 2 and 3, both -, differ in size"),
         (small("MM", mamba=ONE_GROUP, layers={1: {"d_state": 4}}), "mamba2", "layers 0 and 1, both M, differ in size"),
     ],
@@ -131,7 +148,7 @@ def test_a_target_that_cannot_hold_the_model_is_refused(config: ModelConfig, tar
 
 
 def test_unknown_targets_are_refused() -> None:
-    with pytest.raises(CheckpointError, match="accepted are mamba2, nemotron_h, polylepis"):
+    with pytest.raises(CheckpointError, match="accepted are mamba2, nemotron_h, granite, polylepis"):
         choose_target(HYBRID, "llama")
     assert choose_target(small("M*M", layers={2: {"chunk_size": 4}})) == "nemotron_h"  # tiling is nobody's business
 
@@ -150,8 +167,8 @@ def test_unknown_targets_are_refused() -> None:
 def test_a_corrupted_tensor_is_noticed(config: ModelConfig, name: str, tmp_path: Path) -> None:
     folder = tmp_path / "hf"
     tensors = tensors_of(config)
-    export(config, tensors, folder, vocabulary=VOCABULARY)
-    reference = reference_logits(config, tensors, entries(config, choose_target(config), torch.float32))
+    export(config, Tensors(tensors), folder, vocabulary=VOCABULARY)
+    reference = reference_logits(config, Tensors(tensors))
     assert verify(folder, config, reference, vocabulary=VOCABULARY)["passed"]
     weights = load_file(folder / "model.safetensors")
     weights[name] = weights[name].flip(0)
@@ -163,8 +180,8 @@ def test_a_corrupted_tensor_is_noticed(config: ModelConfig, name: str, tmp_path:
 
 def test_missing_and_left_over_tensors_are_noticed(tmp_path: Path) -> None:
     folder, tensors = tmp_path / "hf", tensors_of(ROUTED)
-    export(ROUTED, tensors, folder, vocabulary=VOCABULARY)
-    reference = reference_logits(ROUTED, tensors, entries(ROUTED, "polylepis", torch.float32))
+    export(ROUTED, Tensors(tensors), folder, vocabulary=VOCABULARY)
+    reference = reference_logits(ROUTED, Tensors(tensors))
     weights = load_file(folder / "model.safetensors")
     weights["stranger"] = weights.pop("model.norm_f.weight")
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
@@ -223,7 +240,7 @@ def test_generation_never_emits_the_vocabularys_padding(tmp_path: Path) -> None:
 
     tensors = tensors_of(HYBRID)
     tensors["lm_head.weight"][54:] *= 100
-    export(HYBRID, tensors, tmp_path / "hf", vocabulary=VOCABULARY)
+    export(HYBRID, Tensors(tensors), tmp_path / "hf", vocabulary=VOCABULARY)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
     prompt = torch.tensor([[1, 40, 41, 42]])
     assert int(model(prompt).logits[0, -1].argmax()) >= 54
@@ -232,28 +249,30 @@ def test_generation_never_emits_the_vocabularys_padding(tmp_path: Path) -> None:
 
 def test_what_exists_is_replaced_only_by_force(tmp_path: Path) -> None:
     tensors, folder = tensors_of(HYBRID), tmp_path / "hf"
-    export(HYBRID, tensors, folder)
+    export(HYBRID, Tensors(tensors), folder)
     (folder / "mine.txt").write_text("mine")
     with pytest.raises(CheckpointError, match="exists already"):
-        export(HYBRID, tensors, folder)
+        export(HYBRID, Tensors(tensors), folder)
     assert (folder / "mine.txt").exists()
-    export(HYBRID, tensors, folder, force=True)
+    export(HYBRID, Tensors(tensors), folder, force=True)
     assert not (folder / "mine.txt").exists() and os.listdir(tmp_path) == ["hf"]
     assert len({path.stat().st_mode for path in folder.iterdir()}) == 1  # nobody is locked out of the weights
 
 
 def test_tensors_and_vocabulary_of_another_model_are_refused(tmp_path: Path) -> None:
     tensors, out = tensors_of(ROUTED), tmp_path / "hf"
-    with pytest.raises(CheckpointError, match=r"holds no layers\.0\.mixer\.D, which model\.layers\.0\.mixer\.D"):
-        export(ROUTED, {n: t for n, t in tensors.items() if n != "layers.0.mixer.D"}, out)
-    with pytest.raises(CheckpointError, match="holds stranger, which this model configuration does not have"):
-        export(ROUTED, tensors | {"stranger": tensors["layers.0.mixer.D"]}, out)
-    with pytest.raises(CheckpointError, match=r"final_norm|norm_f"):
-        export(ROUTED, tensors | {"final_norm.weight": torch.ones(3)}, out)
+    with pytest.raises(
+        CheckpointError, match=r"one tensor does not fit \(nothing was written\): layers\.0\.mixer\.D is missing"
+    ):
+        export(ROUTED, Tensors({n: t for n, t in tensors.items() if n != "layers.0.mixer.D"}), out)
+    with pytest.raises(CheckpointError, match="stranger is not of this model"):
+        export(ROUTED, Tensors(tensors | {"stranger": tensors["layers.0.mixer.D"]}), out)
+    with pytest.raises(CheckpointError, match=r"final_norm\.weight is \(3,\), the model needs \(16,\)"):
+        export(ROUTED, Tensors(tensors | {"final_norm.weight": torch.ones(3)}), out)
     with pytest.raises(CheckpointError, match="vocabulary has 55 ids, but the model knows 54"):
-        export(ROUTED, tensors, out, vocabulary=VOCABULARY | {"sizes": [10, 7, 6]})
+        export(ROUTED, Tensors(tensors), out, vocabulary=VOCABULARY | {"sizes": [10, 7, 6]})
     with pytest.raises(CheckpointError, match="modalities are"):
-        export(ROUTED, tensors, out, vocabulary=VOCABULARY | {"modalities": ["text", "voice", "image"]})
+        export(ROUTED, Tensors(tensors), out, vocabulary=VOCABULARY | {"modalities": ["text", "voice", "image"]})
     assert not os.listdir(tmp_path)  # nothing half-written is left behind
 
 
@@ -284,7 +303,7 @@ assert torch.equal(again(prompt).logits, model(prompt).logits)
 
 def test_a_stranger_loads_it_without_our_package_or_a_network(tmp_path: Path) -> None:
     tensors = tensors_of(ROUTED)
-    export(ROUTED, tensors, tmp_path / "model", vocabulary=VOCABULARY, tokenizer_files=[Path(__file__)])
+    export(ROUTED, Tensors(tensors), tmp_path / "model", vocabulary=VOCABULARY, tokenizer_files=[Path(__file__)])
     assert (tmp_path / "model" / Path(__file__).name).is_file()
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "home")}
     for name in ("HF_MODULES_CACHE", "HF_HUB_CACHE"):
@@ -293,7 +312,7 @@ def test_a_stranger_loads_it_without_our_package_or_a_network(tmp_path: Path) ->
     done = subprocess.run(command, env=environment, capture_output=True, text=True, stdin=subprocess.DEVNULL)
     assert done.returncode == 0, done.stderr
     tokens = json.loads(done.stdout.splitlines()[-1])
-    logits = reference_logits(ROUTED, tensors, entries(ROUTED, "polylepis", torch.float32))
+    logits = reference_logits(ROUTED, Tensors(tensors))
     ids = torch.tensor(tokens[:5])
     for expected in tokens[5:]:
         kinds = torch.tensor([modality_of(int(token), VOCABULARY) for token in ids])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 import pytest
@@ -10,9 +9,10 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from polylepis.checkpoints.hf.layout import entries
+from polylepis.checkpoints.hf.layout import export_rules
 from polylepis.checkpoints.hf.targets import config_json
 from polylepis.checkpoints.sharded import model_tensors
+from polylepis.checkpoints.transforms import Tensors, Transformed, in_memory
 from polylepis.parallel.engines.fsdp import build_model
 from polylepis.parallel.kinds.attention import AttentionConfig
 from polylepis.parallel.kinds.mlp import MLPConfig
@@ -64,8 +64,8 @@ def whole(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def exported(config: ModelConfig, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Tensors (or gradients) under their exported names, nothing rounded."""
-    plan = (dataclasses.replace(entry, dtype=torch.float64) for entry in entries(config, "polylepis", torch.float64))
-    return {entry.name: entry.build(tensors) for entry in plan if set(entry.sources) <= tensors.keys()}
+    rules = [rule for rule in export_rules(config, "polylepis") if set(rule.sources) <= tensors.keys()]
+    return in_memory(Transformed(Tensors(tensors), rules))
 
 
 def hf_config(config: ModelConfig, vocabulary: dict[str, Any] | None = VOCABULARY) -> Any:

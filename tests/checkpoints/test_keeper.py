@@ -93,7 +93,7 @@ def roll_back(mesh: MeshConfig) -> list[list[str]]:
     return [back, again, differing(taken, local_state(state))]
 
 
-@pytest.mark.parametrize("mesh", [ONE, TWO, MeshConfig(dp_shard=2)], ids=["one", "tp2", "dp2"])
+@pytest.mark.parametrize("mesh", [TWO, MeshConfig(dp_shard=2)], ids=["tp2", "dp2"])
 def test_a_snapshot_restores_bit_for_bit(mesh: MeshConfig) -> None:
     for differences in run_ranks(mesh.dp_shard * mesh.tp, roll_back, mesh):
         assert differences == [[], [], []]
@@ -185,19 +185,25 @@ def fail_on_one_rank(folder: Path, mesh: MeshConfig, rank: int) -> Lines:
                 made.after_step(number, lambda: {}, last=number == 5)
             except CheckpointError as error:
                 lines.append(("raised", number, str(error)))
+    saving._Writer.write_data = real_write  # type: ignore[method-assign]
     return lines
 
 
-@pytest.mark.parametrize("rank", [0, 1])
-def test_a_failed_save_is_told_by_all_and_training_goes_on(rank: int, tmp_path: Path) -> None:
-    lines, others = run_ranks(2, fail_on_one_rank, tmp_path, TWO, rank)
-    assert [(kind, at) for kind, at, _ in lines] == [("checkpoint_failed", 2), ("checkpoint_failed", 3), ("raised", 5)]
-    assert [(kind, at) for kind, at, _ in others] == [("raised", 5)]  # only rank 0 reports, all ranks raise
-    assert f"step-00000002: could not be saved: rank {rank}: MemoryError: no memory for the copy (" in lines[0][2]
-    assert f"could not be saved: rank {rank}: OSError: [Errno 28] No space left on device (" in lines[1][2]
-    assert "bytes are free there); older checkpoints are untouched; training goes on" in lines[1][2]
-    (left,) = (tmp_path / "checkpoints").iterdir()
-    assert left.name == "step-00000004" and list(damages(left)) == []
+def fail_on_each_rank(folder: Path, mesh: MeshConfig) -> list[Lines]:
+    return [fail_on_one_rank(folder / str(rank), mesh, rank) for rank in range(2)]
+
+
+def test_a_failed_save_is_told_by_all_and_training_goes_on(tmp_path: Path) -> None:
+    for rank, (lines, others) in enumerate(zip(*run_ranks(2, fail_on_each_rank, tmp_path, TWO), strict=True)):
+        told = [("checkpoint_failed", 2), ("checkpoint_failed", 3), ("raised", 5)]
+        assert [(kind, at) for kind, at, _ in lines] == told
+        assert [(kind, at) for kind, at, _ in others] == [("raised", 5)]  # only rank 0 reports, all ranks raise
+        assert f"step-00000002: could not be saved: rank {rank}: MemoryError: no memory for the copy (" in lines[0][2]
+        full = f"could not be saved: rank {rank}: OSError: [Errno 28] No space left on device ("
+        assert full in lines[1][2] and full in lines[2][2] and full in others[0][2]
+        assert "bytes are free there); older checkpoints are untouched; training goes on" in lines[1][2]
+        (left,) = (tmp_path / str(rank) / "checkpoints").iterdir()
+        assert left.name == "step-00000004" and list(damages(left)) == []
 
 
 @pytest.fixture
@@ -281,21 +287,26 @@ def on_local_parts(folder: Path, mesh: MeshConfig, story: str) -> Any:
     return resumed["step"], same, [kind for kind, _, _ in lines], mine.exists()
 
 
-@pytest.mark.parametrize(
-    ("story", "step", "said"),
-    [
-        ("all are whole", 5, ["local_resumed"]),
-        ("one is missing", 4, ["local_incomplete"]),
-        ("one is damaged", 4, ["local_damaged"]),
-        ("another run", 4, []),
-        ("another mesh", 4, []),
-    ],
-)
-def test_resumes_from_the_newest_whole_tier(story: str, step: int, said: list[str], tmp_path: Path) -> None:
-    answers = run_ranks(2, on_local_parts, tmp_path, TWO, story)
-    kept = story == "another run"  # of a run that is not ours, whatever it is
-    assert answers[0] == (step, False if story == "another mesh" else [], said, kept)
-    assert answers[1] == (step, False if story == "another mesh" else [], [], kept)
+STORIES = {
+    "all are whole": (5, ["local_resumed"]),
+    "one is missing": (4, ["local_incomplete"]),
+    "one is damaged": (4, ["local_damaged"]),
+    "another run": (4, []),
+    "another mesh": (4, []),
+}
+
+
+def all_stories(folder: Path, mesh: MeshConfig) -> dict[str, Any]:
+    return {story: on_local_parts(folder / story, mesh, story) for story in STORIES}
+
+
+def test_resumes_from_the_newest_whole_tier(tmp_path: Path) -> None:
+    answers = run_ranks(2, all_stories, tmp_path, TWO)
+    for story, (found, said) in STORIES.items():
+        kept = story == "another run"  # of a run that is not ours, whatever it is
+        same = False if story == "another mesh" else []
+        assert answers[0][story] == (found, same, said, kept), story
+        assert answers[1][story] == (found, same, [], kept), story
 
 
 def test_rules_that_cannot_be() -> None:
@@ -316,7 +327,9 @@ def test_a_checkpoint_that_was_being_replaced_comes_back(tmp_path: Path) -> None
     (made.folder / ".step-00000000.old").mkdir()  # and one in the middle of a removal
     again, fresh = keeper(tmp_path, ONE, lines, seed=9)
     assert again.resume() == {"step": 1, "data": {"n": 1}} and differing(expected, local_state(fresh)) == []
-    assert [path.name for path in made.folder.iterdir()] == ["step-00000001"]
+    assert (made.folder / ".step-00000002.part").exists()  # it may be another run's, until this one has the folder
+    with again:
+        assert [path.name for path in made.folder.iterdir()] == ["step-00000001"]
     made.after_step(1, lambda: {"n": "replaced"}, last=True)
     assert read_manifest(made.folder / "step-00000001")["data"] == {"n": "replaced"}
     assert read_tensors(made.folder / "step-00000001", "random.").keys() == {"random.0"}

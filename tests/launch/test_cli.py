@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -114,3 +116,23 @@ def test_train_through_torchrun(tmp_path: Path) -> None:
     assert broken.returncode == 2
     assert "__0_0.distcp: has 0 bytes, but was written with " in broken.stderr
     assert "polylepis: train stopped: rank" in broken.stderr
+
+
+def test_an_interrupted_command_saves_and_says_how_to_go_on(tmp_path: Path) -> None:
+    """Ctrl-C reaches the command alone: torchrun's workers have sessions of their own."""
+    script = (
+        "import sys; from polylepis.pretrain import shrink as s; "
+        "real = s.shrink; s.shrink = lambda c, *a: real(c, 100000); "
+        "from polylepis.launch.cli import main; sys.exit(main(sys.argv[1:]))"
+    )
+    metrics = tmp_path / "runs" / "quickstart-shrunk" / "metrics.jsonl"
+    command = [sys.executable, "-c", script, "train", "quickstart", "--shrink"]
+    with subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True) as process:
+        while process.poll() is None and not (metrics.is_file() and len(metrics.read_text().splitlines()) > 2):
+            time.sleep(0.2)
+        process.send_signal(signal.SIGINT)
+        _, said = process.communicate(timeout=240)
+    assert process.returncode == 128 + signal.SIGINT, said
+    steps = len(metrics.read_text().splitlines())
+    assert f"quickstart-shrunk: stopped requeue {steps}; the same command resumes it" in said
+    assert (metrics.parent / "checkpoints" / f"step-{steps:08d}" / "manifest.json").is_file()

@@ -79,7 +79,7 @@ def resumed_after(config: RunConfig, before: float, timeout: float = 300) -> flo
     return time.monotonic() - before
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1200)
 def test_killed_workers_and_told_agents_come_to_the_same_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A worker killed -9 is started again; SIGTERM to torchrun itself saves and ends; the last start finishes."""
     monkeypatch.chdir(tmp_path)
@@ -103,7 +103,7 @@ def test_killed_workers_and_told_agents_come_to_the_same_bits(tmp_path: Path, mo
     assert "exitcode: -9" in Path("log").read_text()
     subprocess.run(["bash", str(script)], check=True, capture_output=True)
     assert read_outcome(config.path) == "done 200"
-    run_ranks(1, train, replace(config, folder=str(tmp_path / "undisturbed")))
+    run_ranks(1, train, replace(config, folder=str(tmp_path / "undisturbed")), timeout=500)
     assert_same_bits(config, tmp_path / "undisturbed")
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -51,8 +53,6 @@ def test_examples_are_what_the_tool_writes(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Set POLYLEPIS_WRITE_EXAMPLES=1 to write them anew."""
-    import os
-
     monkeypatch.chdir(tmp_path)
     assert main(["launch", *CASES[name], *SETUP]) == 0
     script = Path(capsys.readouterr().out.strip())
@@ -83,9 +83,6 @@ def test_the_snapshot_is_the_code_and_the_configuration(tmp_path: Path, monkeypa
         "import polylepis.pretrain.config as c, polylepis.launch.snapshot as s;"
         "c.load_config('quickstart'); print(c.__file__, s.code_hash())"
     )
-    import os
-    import sys
-
     environment = os.environ | {"PYTHONPATH": str((folder / "code").absolute()), "PYTHONSAFEPATH": "1"}
     said = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     file, digest = said.stdout.split()
@@ -104,7 +101,7 @@ def test_an_absolute_run_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 REFUSED = {
     "no processes": ((), "--gpus-per-node or --procs-per-node: how many"),
-    "world size": (("--procs-per-node", "3"), "1 node(s) × 3 processes: mesh: dp_replicate 1 ×"),
+    "world size": (("--procs-per-node", "3"), "1 node(s) × 3 processes: mesh: "),
     "batch": (("--procs-per-node", "2", "--nodes", "3"), "3 node(s) × 2 processes: global_batch"),
     "time": (("--procs-per-node", "2", "--time", "2 days"), "--time 2 days: is no time limit; accepted: minutes,"),
     "no time": (("--procs-per-node", "2", "--time", "0"), "--time 0: is no time at all"),

@@ -41,14 +41,27 @@ def totals(config: ModelConfig, case: Case, allow: bool = False) -> tuple[int, d
     return sum(flops for flops, _ in results), {n: sum(c.get(n, 0) for _, c in results) for n in names}
 
 
-@pytest.mark.parametrize("context", [None, ContextConfig(mamba="state"), ContextConfig(mamba="heads")], ids=str)
-def test_as_much_work_as_1f1b(context: ContextConfig | None) -> None:
-    mesh = MESH if context is None else MeshConfig(dp_shard=1, pp=2, cp=2)
+def check(mesh: MeshConfig, schedules: tuple[str, ...], context: ContextConfig | None = None) -> None:
     expected = totals(LAYERS, Case(mesh, PipelineConfig(cuts=(0, 2)), context, count=4))
     assert expected[0] > 0 and sum(expected[1].values()) > 50
-    for schedule in ("interleaved", "zbv", "dualpipev") if context is None else ("zbv",):
+    for schedule in schedules:
         actual = totals(LAYERS, Case(mesh, PipelineConfig(schedule), context, count=4))  # type: ignore[arg-type]
         assert actual == expected, schedule
+
+
+def test_as_much_work_as_1f1b() -> None:
+    check(MESH, ("zbv",))
+
+
+@pytest.mark.full
+def test_every_schedule_does_as_much_work() -> None:
+    check(MESH, ("interleaved", "dualpipev"))
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("mamba", ["state", "heads"])
+def test_as_much_work_with_context_ranks(mamba: str) -> None:
+    check(MeshConfig(dp_shard=1, pp=2, cp=2), ("zbv", "dualpipev"), ContextConfig(mamba=mamba))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

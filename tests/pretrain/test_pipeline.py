@@ -53,7 +53,11 @@ def test_trains_like_one_process(tmp_path: Path) -> None:
             assert ours[key] == pytest.approx(theirs[key], rel=2e-4), key
         assert ours["tokens/text"] == theirs["tokens/text"]
     manifests = [read_manifest(tmp_path / name / "checkpoints" / "step-00000003") for name in ("one", "pp")]
-    assert manifests[0]["tensors"] == manifests[1]["tensors"]
+    described = [
+        {name: (value["shape"], value["dtype"]) for name, value in manifest["tensors"].items() if "random" not in name}
+        for manifest in manifests
+    ]
+    assert described[0] == described[1]
     one, pipelined = everything(tmp_path / "one"), everything(tmp_path / "pp")
     assert one.keys() == pipelined.keys()
     bias = "layers.3.mixer.selection_bias"

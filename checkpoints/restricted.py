@@ -1,0 +1,135 @@
+"""Opening other people's pickles without running them.
+
+A pickle is a program: loading it calls whatever it names. Here a name is looked up in a short list of harmless
+constructors; every other name becomes an inert placeholder that stores what it is given, so that a checkpoint that
+mentions a library's own enums and settings still opens, without that library and without executing anything.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import pathlib
+import pickle
+import zipfile
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+from torch.distributed.checkpoint import filesystem, metadata
+
+from .errors import CheckpointError
+
+_METADATA = (
+    "BytesStorageMetadata",
+    "ChunkStorageMetadata",
+    "Metadata",
+    "MetadataIndex",
+    "StorageMeta",
+    "TensorProperties",
+    "TensorStorageMetadata",
+    "_MEM_FORMAT_ENCODING",
+)
+_ALLOWED: dict[tuple[str, str], Any] = {
+    ("argparse", "Namespace"): argparse.Namespace,
+    ("collections", "OrderedDict"): collections.OrderedDict,
+    ("builtins", "set"): set,
+    ("builtins", "frozenset"): frozenset,
+    ("builtins", "complex"): complex,
+    ("builtins", "bytearray"): bytearray,
+    ("pathlib", "PosixPath"): pathlib.PurePosixPath,  # a path as text: nothing that could touch a file
+    ("pathlib", "WindowsPath"): pathlib.PureWindowsPath,
+    ("torch", "Size"): torch.Size,
+    ("torch._utils", "_rebuild_tensor_v2"): torch._utils._rebuild_tensor_v2,
+    ("torch._utils", "_rebuild_parameter"): torch._utils._rebuild_parameter,
+    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"): filesystem._StorageInfo,
+    **{("torch.distributed.checkpoint.metadata", name): getattr(metadata, name) for name in _METADATA},
+}
+_ALLOWED["torch.serialization", "_get_layout"] = torch.serialization._get_layout
+
+
+class Inert:
+    """Stands for an object of a class that is not on the list: keeps its state, does nothing."""
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Inert:
+        return super().__new__(cls)
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self.__dict__["given"] = args
+
+    def __setstate__(self, state: Any) -> None:
+        if isinstance(state, tuple) and len(state) == 2 and isinstance(state[1], dict):
+            state = {**(state[0] or {}), **state[1]}
+        self.__dict__.update(state if isinstance(state, dict) else {"state": state})
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        self.__dict__[str(key)] = value
+
+    def append(self, value: Any) -> None:
+        self.__dict__.setdefault("items", []).append(value)
+
+    def extend(self, values: Any) -> None:
+        self.__dict__.setdefault("items", []).extend(values)
+
+
+class Unpickler(pickle.Unpickler):
+    """Looks names up in the list only."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype | torch.layout):
+            return getattr(torch, name)
+        found = _ALLOWED.get((module, name))
+        return type(name.rpartition(".")[2], (Inert,), {"__module__": module}) if found is None else found
+
+
+def load(file: IO[bytes], **options: Any) -> Any:
+    """`pickle.load` with the list. This module can be `torch.load`'s `pickle_module`, which needs this name."""
+    return Unpickler(file, **options).load()
+
+
+UnpicklingError = pickle.UnpicklingError
+
+
+def load_metadata(folder: Path) -> metadata.Metadata:
+    """The `.metadata` of a PyTorch distributed checkpoint.
+
+    Raises:
+        CheckpointError: it is absent or something else.
+    """
+    path = folder / ".metadata"
+    try:
+        with open(path, "rb") as file:
+            found = load(file)
+    except FileNotFoundError:
+        raise CheckpointError(f"{folder}: no .metadata in it, so this is no distributed checkpoint") from None
+    except (pickle.UnpicklingError, EOFError, AttributeError, TypeError, ValueError, IndexError) as error:
+        raise CheckpointError(f"{path}: cannot be read ({error})") from error
+    if not isinstance(found, metadata.Metadata):
+        raise CheckpointError(f"{path}: holds {type(found).__name__}, not the metadata of a distributed checkpoint")
+    return found
+
+
+def load_torch(path: Path) -> Any:
+    """What `torch.save` wrote, tensors mapped from the file where its format allows.
+
+    Raises:
+        CheckpointError: it is no such file, or a TorchScript archive, which is a program.
+    """
+    import sys
+
+    this = sys.modules[__name__]
+    try:
+        zipped = zipfile.is_zipfile(path)
+        if zipped:
+            with zipfile.ZipFile(path) as archive:
+                if any(name.endswith("constants.pkl") for name in archive.namelist()):
+                    raise CheckpointError(f"{path}: is a TorchScript program, not a checkpoint")
+        return torch.load(path, map_location="cpu", mmap=zipped, pickle_module=this, weights_only=False)
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: no such file") from None
+    except (pickle.UnpicklingError, EOFError, RuntimeError, AttributeError, TypeError, ValueError, KeyError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(
+            f"{path}: cannot be read as a PyTorch file ({str(error).splitlines()[0][:200]})"
+        ) from error

@@ -1,0 +1,1 @@
+"""`polylepis report RUN`: one self-contained HTML page about a run."""
