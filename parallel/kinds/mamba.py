@@ -197,7 +197,7 @@ class Mamba(Mixer):
             z=gate,
             norm_weight=norm_weight,
             n_groups=self.n_groups,
-            norm_group_size=self.norm_group_size,
+            norm_group_size=None if self.spans_ranks else self.norm_group_size,
             norm_eps=self.shape.norm_eps,
             D=local(self.D),
             dt_bias=self.bias_of_dt(plan, dt.shape),
