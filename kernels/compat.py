@@ -118,8 +118,7 @@ def mamba_split_conv1d_scan_combined(
         raise ValueError("headdim is None, expected the head size beside a D of one dimension")
     heads, p = D.shape[0], D.shape[1] if D.dim() == 2 else int(headdim or 0)
     inner, channels = heads * p, conv1d_weight.shape[0]
-    expected = inner + channels + heads
-    if zxbcdt.shape[-1] != expected:
+    if zxbcdt.shape[-1] != (expected := inner + channels + heads):
         raise ValueError(
             f"zxbcdt has {zxbcdt.shape[-1]} channels, expected {expected} (z {inner}, xBC {channels}, dt {heads}); "
             "channels beside the SSM's (d_nonssm) are not supported"
@@ -147,10 +146,8 @@ def mamba_split_conv1d_scan_combined(
     assert isinstance(outputs, tuple)
     out, final, _ = outputs
     if wide:
-        # the skip of each channel needs the convolved x: one more convolution, as the operator returns none
-        own = slice(0, inner)
-        bias = None if conv1d_bias is None else conv1d_bias[own]
-        xs = causal_conv1d(x, conv1d_weight[own], bias, activation=_activation(activation), seq_idx=seq_idx)
+        bias = None if conv1d_bias is None else conv1d_bias[:inner]  # convolved again, as the operator returns no x
+        xs = causal_conv1d(x, conv1d_weight[:inner], bias, activation=_activation(activation), seq_idx=seq_idx)
         assert isinstance(xs, Tensor)
         out = (out + xs * D.flatten()).to(out.dtype)
         if gated and rmsnorm_weight is not None:

@@ -63,12 +63,9 @@ def ssd_mixer(
         conv_state: (b, h·p + 2·g·n, k−1), the inputs before position 0. initial_states: (b, h, p, n).
         seq_idx: (b, l) integers; documents as in :func:`ssd` and :func:`..conv.causal_conv1d`.
         activation: of the convolution, "silu" or None.
-        save_states: Triton path: keep the convolved tokens and the chunk states for the backward; by default they are
-            computed again.
+        save_states: Triton path: keep convolved tokens and chunk states for the backward, not compute them again.
         backend: "torch", "triton" (what the three operators take; x, B, C and z of one dtype), or "auto": one Triton
             operator for CUDA tensors that it takes, the three operators otherwise, each by its own rules.
-
-    FLOPs and bytes of the Triton path: :func:`ssd`'s; the convolution reads and writes x, B, C once in each direction.
 
     Returns:
         out (b, l, h·p) in x's dtype, or (out, final states (b, h, p, n), final convolution state like conv_state).
@@ -86,9 +83,7 @@ def ssd_mixer(
     check_core(x4, B4, D, initial_states, chunk_size)
     seq_idx = resolve_seq_idx(seq_idx, None, x4)
     group = x.shape[2] if norm_group_size is None else norm_group_size
-    if dt_bias is not None and dt_bias.dim() == 3:
-        wide = torch.promote_types(torch.promote_types(dt.dtype, dt_bias.dtype), torch.float32)
-        dt, dt_bias = dt.to(wide) + dt_bias.to(wide), None
+    dt, dt_bias = _with_bias(dt, dt_bias)
     tensors: dict[str, Tensor | None] = {
         **{"x": x4, "B": B4, "C": C4, "dt": dt, "A": A, "conv_weight": conv_weight, "conv_bias": conv_bias, "z": z},
         **{"norm_weight": norm_weight, "D": D, "dt_bias": dt_bias, "initial_states": initial_states},
@@ -104,12 +99,9 @@ def ssd_mixer(
             save_states,
         )
     else:
-        out, final = _separately(
-            *(tensors, (group, norm_eps), backend),
-            **{"activation": activation, "seq_idx": seq_idx, "chunk_size": chunk_size, "dt_softplus": dt_softplus},
-            dt_limit=dt_limit,
-            save_states=save_states,
-        )
+        options = {"activation": activation, "seq_idx": seq_idx, "chunk_size": chunk_size, "save_states": save_states}
+        options |= {"dt_softplus": dt_softplus, "dt_limit": dt_limit}
+        out, final = _separately(tensors, (group, norm_eps), backend, **options)
     if not return_final_states:
         return out
     return out, final, _window((x, B, C), conv_state, runs, valid, conv_weight.shape[1])
@@ -140,6 +132,14 @@ def _separately(
         group, eps = norm
         out = gated_rms_norm(out, z, tensors["norm_weight"], group_size=group, eps=eps, backend=backend)
     return out, final
+
+
+def _with_bias(dt: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """(dt, bias per head or None): a bias per token is added here, in at least float32."""
+    if bias is None or bias.dim() != 3:
+        return dt, bias
+    wide = torch.promote_types(torch.promote_types(dt.dtype, bias.dtype), torch.float32)
+    return dt.to(wide) + bias.to(wide), None
 
 
 def _window(
