@@ -118,8 +118,7 @@ def mamba_split_conv1d_scan_combined(
         raise ValueError("headdim is None, expected the head size beside a D of one dimension")
     heads, p = D.shape[0], D.shape[1] if D.dim() == 2 else int(headdim or 0)
     inner, channels = heads * p, conv1d_weight.shape[0]
-    expected = inner + channels + heads
-    if zxbcdt.shape[-1] != expected:
+    if zxbcdt.shape[-1] != (expected := inner + channels + heads):
         raise ValueError(
             f"zxbcdt has {zxbcdt.shape[-1]} channels, expected {expected} (z {inner}, xBC {channels}, dt {heads}); "
             "channels beside the SSM's (d_nonssm) are not supported"
@@ -147,23 +146,26 @@ def mamba_split_conv1d_scan_combined(
     assert isinstance(outputs, tuple)
     out, final, _ = outputs
     if wide:
-        # the skip of each channel needs the convolved x: one more convolution, as the operator returns none
-        own = slice(0, inner)
-        bias = None if conv1d_bias is None else conv1d_bias[own]
-        xs = causal_conv1d(x, conv1d_weight[own], bias, activation=_activation(activation), seq_idx=seq_idx)
+        bias = None if conv1d_bias is None else conv1d_bias[:inner]  # convolved again, as the operator returns no x
+        xs = causal_conv1d(x, conv1d_weight[:inner], bias, activation=_activation(activation), seq_idx=seq_idx)
         assert isinstance(xs, Tensor)
         out = (out + xs * D.flatten()).to(out.dtype)
         if gated and rmsnorm_weight is not None:
             out = gated_rms_norm(out, z, rmsnorm_weight, group_size=inner // ngroups, eps=rmsnorm_eps)
-    if rmsnorm_weight is None:
-        out = (out * F.silu(z)).to(out.dtype)
-    elif norm_before_gate:
-        ones = rmsnorm_weight.new_ones(inner // ngroups)
-        normal = rms_norm(out.unflatten(-1, (ngroups, -1)), ones, rmsnorm_eps).flatten(-2)
-        out = (normal * rmsnorm_weight * F.silu(z)).to(out.dtype)
+    if not gated:
+        out = _gate(out, z, rmsnorm_weight, inner // ngroups, rmsnorm_eps)
     if outproj_weight is not None:
         out = F.linear(out.to(outproj_weight.dtype), outproj_weight, outproj_bias)
     return (out, final) if return_final_states else out
+
+
+def _gate(y: Tensor, z: Tensor, norm_weight: Tensor | None, group_size: int, eps: float) -> Tensor:
+    """y·silu(z), y normed before the gate where there is a weight."""
+    if norm_weight is None:
+        return (y * F.silu(z)).to(y.dtype)
+    grouped = y.unflatten(-1, (-1, group_size))
+    normal = rms_norm(grouped, norm_weight.new_ones(group_size), eps).flatten(-2)
+    return (normal * norm_weight * F.silu(z)).to(y.dtype)
 
 
 def selective_state_update(

@@ -79,7 +79,7 @@ def ssd(
     tensors = {"x": x, "dt": dt, "A": A, "B": B, "C": C, "D": D, "dt_bias": dt_bias, "initial_states": initial_states}
     if use_triton(backend, tensors, refusal(tensors)):
         check_discretisation(dt, A, dt_bias, dt_limit)
-        _check_core(x, B, D, initial_states, chunk_size)
+        check_core(x, B, D, initial_states, chunk_size)
         if dt_bias is not None and dt_bias.dim() == 3:
             dt, dt_bias = dt.to(dtype) + dt_bias.to(dtype), None
         y, final = triton_scan(
@@ -132,7 +132,7 @@ def ssd_core(
     seq_idx = resolve_seq_idx(seq_idx, None, x)
     tensors = {"x": x, "log_decay": log_decay, "scale": scale, "B": B, "C": C, "D": D, "initial_states": initial_states}
     if use_triton(backend, tensors, refusal(tensors)):
-        _check_core(x, B, D, initial_states, chunk_size)
+        check_core(x, B, D, initial_states, chunk_size)
         y, final = triton_scan(
             *(x, log_decay, scale, None, B, C, D, initial_states, segment_code(seq_idx)),
             chunks=triton_chunks(x, B, C, chunk_size, save_states),
@@ -204,7 +204,7 @@ def ssd_step(
     return y.to(x.dtype), new_state.to(state.dtype)
 
 
-def _check_core(x: Tensor, B: Tensor, D: Tensor | None, initial_states: Tensor | None, chunk_size: int) -> None:
+def check_core(x: Tensor, B: Tensor, D: Tensor | None, initial_states: Tensor | None, chunk_size: int) -> None:
     b, _, h, p = x.shape
     expect_shape("D", D, (h,))
     expect_shape("initial_states", initial_states, (b, h, p, B.shape[3]))
@@ -225,7 +225,7 @@ def _core(
 ) -> tuple[Tensor, Tensor]:
     """Padding, segments and the D skip around the chunked scan; y in the accumulation dtype."""
     b, l = x.shape[:2]
-    _check_core(x, B, D, initial_states, chunk_size)
+    check_core(x, B, D, initial_states, chunk_size)
     segments = None
     skip = None if D is None else D[:, None]
     if seq_idx is not None:

@@ -4,13 +4,15 @@ On the Triton path one launch convolves x, B and C and computes the decays from 
 gradients of z, x, B, C and dt side by side into one buffer, so that the projection's backward reads it as it is.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from ..conv import causal_conv1d, check_weight, document_runs, final_state, run_code, width_limit
 from ..norm import gated_rms_norm
 from ..operators import LARGEST_GROUP, use_triton
-from .api import ssd
+from .api import check_core, ssd
 from .inputs import (
     FULL_DT_RANGE,
     check_discretisation,
@@ -61,13 +63,9 @@ def ssd_mixer(
         conv_state: (b, h·p + 2·g·n, k−1), the inputs before position 0. initial_states: (b, h, p, n).
         seq_idx: (b, l) integers; documents as in :func:`ssd` and :func:`..conv.causal_conv1d`.
         activation: of the convolution, "silu" or None.
-        save_states: Triton path: keep the convolved tokens and the chunk states for the backward; by default they are
-            computed again.
+        save_states: Triton path: keep convolved tokens and chunk states for the backward, not compute them again.
         backend: "torch", "triton" (what the three operators take; x, B, C and z of one dtype), or "auto": one Triton
             operator for CUDA tensors that it takes, the three operators otherwise, each by its own rules.
-
-    FLOPs and bytes of the Triton path: those of :func:`ssd`, and for the convolution the projections read and x, B, C
-    written once in the forward and once more in the backward.
 
     Returns:
         out (b, l, h·p) in x's dtype, or (out, final states (b, h, p, n), final convolution state like conv_state).
@@ -82,15 +80,10 @@ def ssd_mixer(
     heads = dt.shape[2]
     x4, B4, C4 = (t.unflatten(-1, (k, -1)) for t, k in ((x, heads), (B, n_groups), (C, n_groups)))
     check_scan_shapes(x4, {"dt": dt}, B4, C4)
-    expect_shape("D", D, (heads,))
-    expect_shape("initial_states", initial_states, (x.shape[0], heads, x4.shape[3], B4.shape[3]))
-    if chunk_size < 1:
-        raise ValueError(f"chunk_size is {chunk_size}, expected at least 1")
+    check_core(x4, B4, D, initial_states, chunk_size)
     seq_idx = resolve_seq_idx(seq_idx, None, x4)
     group = x.shape[2] if norm_group_size is None else norm_group_size
-    if dt_bias is not None and dt_bias.dim() == 3:
-        wide = torch.promote_types(torch.promote_types(dt.dtype, dt_bias.dtype), torch.float32)
-        dt, dt_bias = dt.to(wide) + dt_bias.to(wide), None
+    dt, dt_bias = _with_bias(dt, dt_bias)
     tensors: dict[str, Tensor | None] = {
         **{"x": x4, "B": B4, "C": C4, "dt": dt, "A": A, "conv_weight": conv_weight, "conv_bias": conv_bias, "z": z},
         **{"norm_weight": norm_weight, "D": D, "dt_bias": dt_bias, "initial_states": initial_states},
@@ -106,38 +99,56 @@ def ssd_mixer(
             save_states,
         )
     else:
-        convolved = causal_conv1d(
-            *(torch.cat((x, B, C), dim=-1), conv_weight, conv_bias),
-            activation=activation,
-            seq_idx=seq_idx,
-            initial_state=conv_state,
-            backend=backend,
-        )
-        assert isinstance(convolved, Tensor)
-        xs, Bs, Cs = convolved.split((x.shape[2], B.shape[2], C.shape[2]), dim=-1)
-        Bs, Cs = (t.unflatten(-1, (n_groups, -1)) for t in (Bs, Cs))
-        scanned = ssd(
-            *(xs.unflatten(-1, (heads, -1)), dt, A, Bs, Cs, chunk_size),
-            D=D,
-            dt_bias=dt_bias,
-            dt_softplus=dt_softplus,
-            dt_limit=dt_limit,
-            initial_states=initial_states,
-            seq_idx=seq_idx,
-            return_final_states=True,
-            save_states=save_states,
-            backend=backend,
-        )
-        assert isinstance(scanned, tuple)
-        out, final = scanned[0].flatten(-2), scanned[1]
-        if z is not None and norm_weight is not None:
-            out = gated_rms_norm(out, z, norm_weight, group_size=group, eps=norm_eps, backend=backend)
+        options = {"activation": activation, "seq_idx": seq_idx, "chunk_size": chunk_size, "save_states": save_states}
+        options |= {"dt_softplus": dt_softplus, "dt_limit": dt_limit}
+        out, final = _separately(tensors, (group, norm_eps), backend, **options)
     if not return_final_states:
         return out
-    starts = (None,) * 3 if conv_state is None else conv_state.split((x.shape[2], B.shape[2], C.shape[2]), dim=1)
-    width = conv_weight.shape[1]
-    ends = [final_state(t, start, runs, valid, width) for t, start in zip((x, B, C), starts, strict=True)]
-    return out, final, torch.cat(ends, dim=1)
+    return out, final, _window((x, B, C), conv_state, runs, valid, conv_weight.shape[1])
+
+
+def _separately(
+    tensors: dict[str, Any], norm: tuple[int, float], backend: str, **options: Any
+) -> tuple[Tensor, Tensor]:
+    """(out, final states) by the three operators, each by its own rules."""
+    x, dt, B, C, z = (tensors[name] for name in ("x", "dt", "B", "C", "z"))
+    convolved = causal_conv1d(
+        torch.cat([t.flatten(-2) for t in (x, B, C)], dim=-1),
+        tensors["conv_weight"],
+        tensors["conv_bias"],
+        activation=options.pop("activation"),
+        seq_idx=options["seq_idx"],
+        initial_state=tensors["conv_state"],
+        backend=backend,
+    )
+    assert isinstance(convolved, Tensor)
+    parts = convolved.split([t.shape[2] * t.shape[3] for t in (x, B, C)], dim=-1)
+    xs, Bs, Cs = (part.unflatten(-1, t.shape[2:]) for part, t in zip(parts, (x, B, C), strict=True))
+    kept = {name: tensors[name] for name in ("D", "dt_bias", "initial_states")}
+    scanned = ssd(*(xs, dt, tensors["A"], Bs, Cs), **kept, **options, return_final_states=True, backend=backend)
+    assert isinstance(scanned, tuple)
+    out, final = scanned[0].flatten(-2), scanned[1]
+    if z is not None:
+        group, eps = norm
+        out = gated_rms_norm(out, z, tensors["norm_weight"], group_size=group, eps=eps, backend=backend)
+    return out, final
+
+
+def _with_bias(dt: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """(dt, bias per head or None): a bias per token is added here, in at least float32."""
+    if bias is None or bias.dim() != 3:
+        return dt, bias
+    wide = torch.promote_types(torch.promote_types(dt.dtype, bias.dtype), torch.float32)
+    return dt.to(wide) + bias.to(wide), None
+
+
+def _window(
+    inputs: tuple[Tensor, ...], start: Tensor | None, runs: Tensor | None, valid: Tensor | None, width: int
+) -> Tensor:
+    """The convolution's final state over x, B and C."""
+    starts = (None,) * 3 if start is None else start.split([t.shape[2] for t in inputs], dim=1)
+    ends = [final_state(t, first, runs, valid, width) for t, first in zip(inputs, starts, strict=True)]
+    return torch.cat(ends, dim=1)
 
 
 def _limit(tensors: dict[str, Tensor | None], width: int, group: int) -> str | None:

@@ -47,7 +47,8 @@ def tune(*, rehearse: bool = False, say: Callable[[str], None] = print) -> None:
     for name, launches in HALVES.items():
         times: dict[Any, float] = {}
         for launch in launches if not rehearse else [INTERPRETER.prep]:
-            with configured(triton_scan, best._replace(**{name: launch}), rehearse):
+            changed: dict[str, Any] = {name: launch}
+            with configured(triton_scan, best._replace(**changed), rehearse):
                 if name in FORWARD:
                     times[launch] = microseconds(forward, device)
                 else:
@@ -56,7 +57,7 @@ def tune(*, rehearse: bool = False, say: Callable[[str], None] = print) -> None:
                     backward = lambda out=out, dy=dy: torch.autograd.grad(out, inputs, dy, retain_graph=True)  # noqa: E731
                     times[launch] = microseconds(backward, device)
         chosen = min(times, key=lambda launch: times[launch])
-        best = best._replace(**{name: chosen})
+        best = best._replace(**{**changed, name: chosen})
         say(f"{name} { {tuple(launch): round(us, 1) for launch, us in times.items()} } -> {tuple(chosen)}")
     if not rehearse:
         arch, minor = triton_scan._target()
@@ -83,7 +84,7 @@ def scan(device: torch.device, sizes: tuple[int, int, int, int, int]) -> tuple[C
     def new(*shape: int) -> Tensor:
         return torch.randn(shape, device=device).to(low).requires_grad_()
 
-    t = {"x": new(1, l, h, p), "dt": new(1, l, h), "B": new(1, l, g, n), "C": new(1, l, g, n)}
+    t: dict[str, Any] = {"x": new(1, l, h, p), "dt": new(1, l, h), "B": new(1, l, g, n), "C": new(1, l, g, n)}
     t["A"] = (-torch.linspace(1, 16, h, device=device)).requires_grad_()
     t["D"] = torch.ones(h, device=device).requires_grad_()
     t["dt_bias"] = torch.linspace(-7, -2.3, h, device=device).requires_grad_()

@@ -191,12 +191,13 @@ class Mamba(Mixer):
         """z, x, B, C, dt, each [b, l, width] → y [b, l, I], normed unless that spans ranks; both states if cached."""
         z, x, B, C, dt = inputs
         weight, bias = self.conv_parameters()
-        norm = {} if self.spans_ranks else {"z": z, "norm_weight": local(self.norm.weight)}
+        gate, norm_weight = (None, None) if self.spans_ranks else (z, local(self.norm.weight))
         outputs = ssd_mixer(
             *(x, dt, self.decay_rate(x.dtype), B, C, weight, bias),
-            **norm,
+            z=gate,
+            norm_weight=norm_weight,
             n_groups=self.n_groups,
-            norm_group_size=self.norm_group_size,
+            norm_group_size=None if self.spans_ranks else self.norm_group_size,
             norm_eps=self.shape.norm_eps,
             D=local(self.D),
             dt_bias=self.bias_of_dt(plan, dt.shape),
