@@ -164,8 +164,8 @@ def open_stream(
     timeout = timedelta(seconds=config.train.timeout)
     alone = len(peers) == 1
     group = None if alone else dist.new_group(peers, timeout, "gloo", use_local_synchronization=True)
-    groups = {"group": dist.group.WORLD, "model_group": group}
-    return Stream(dataset, config.data, dp_rank=dp_rank, dp_size=dp_size, deal=deal, **groups)
+    everyone = dist.group.WORLD
+    return Stream(dataset, config.data, dp_rank=dp_rank, dp_size=dp_size, group=everyone, model_group=group, deal=deal)
 
 
 def check_all(config: RunConfig, world_size: int) -> None:

@@ -99,7 +99,12 @@ def ssd_mixer(
             save_states,
         )
     else:
-        options = {"activation": activation, "seq_idx": seq_idx, "chunk_size": chunk_size, "save_states": save_states}
+        options: dict[str, Any] = {
+            "activation": activation,
+            "seq_idx": seq_idx,
+            "chunk_size": chunk_size,
+            "save_states": save_states,
+        }
         options |= {"dt_softplus": dt_softplus, "dt_limit": dt_limit}
         out, final = _separately(tensors, (group, norm_eps), backend, **options)
     if not return_final_states:
@@ -124,8 +129,8 @@ def _separately(
     assert isinstance(convolved, Tensor)
     parts = convolved.split([t.shape[2] * t.shape[3] for t in (x, B, C)], dim=-1)
     xs, Bs, Cs = (part.unflatten(-1, t.shape[2:]) for part, t in zip(parts, (x, B, C), strict=True))
-    kept = {name: tensors[name] for name in ("D", "dt_bias", "initial_states")}
-    scanned = ssd(*(xs, dt, tensors["A"], Bs, Cs), **kept, **options, return_final_states=True, backend=backend)
+    options |= {name: tensors[name] for name in ("D", "dt_bias", "initial_states")}
+    scanned = ssd(xs, dt, tensors["A"], Bs, Cs, return_final_states=True, backend=backend, **options)
     assert isinstance(scanned, tuple)
     out, final = scanned[0].flatten(-2), scanned[1]
     if z is not None:

@@ -46,6 +46,14 @@ def test_against_the_recurrence(shape: tuple[int, ...], width: int, save: bool) 
     compare(t, shape[4], save_states=save)
 
 
+def test_where_a_group_of_the_norm_almost_vanishes() -> None:
+    """One token of row 1 does: the norm magnifies the rounding of y there, for the separate kernels just as much.
+
+    Both are 1.6e-5 off in the gradient of C; torch, which rounds y a third as much, 4.8e-7.
+    """
+    compare(draw(2, 21, 4, 5, 2, 3), 2, tolerance=3e-5)
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_documents(layout: str) -> None:
     """Resets, one-token documents and padding, beside initial states of scan and convolution; padding gives zeros."""
