@@ -57,20 +57,17 @@ def ssd_mixer(
     Args:
         x: (b, l, h·p). dt: (b, l, h). B, C: (b, l, g·n), before the convolution. z: (b, l, h·p), with norm_weight
             (h·p,); without both the norm is left out. All of them may be views of one projection's output.
-        A: (h,), negative. D: (h,). dt_bias: (h,) or (b, l, h).
+        A: (h,), negative. D: (h,). dt_bias: (h,) or (b, l, h). n_groups: g. norm_group_size: divides h·p (its default).
         conv_weight: (h·p + 2·g·n, k), of the channels x, B, C in this order. conv_bias: (h·p + 2·g·n,).
-        n_groups: g. norm_group_size: divides h·p; all of it by default.
         conv_state: (b, h·p + 2·g·n, k−1), the inputs before position 0. initial_states: (b, h, p, n).
-        seq_idx: (b, l) integers; documents as in :func:`ssd` and :func:`..conv.causal_conv1d`.
-        activation: of the convolution, "silu" or None.
+        seq_idx: (b, l) integers, as in :func:`ssd`. activation: of the convolution, "silu" or None.
         save_states: Triton path: keep convolved tokens and chunk states for the backward, not compute them again.
         backend: "torch", "triton" (what the three operators take; x, B, C and z of one dtype), or "auto": one Triton
             operator for CUDA tensors that it takes, the three operators otherwise, each by its own rules.
 
     Returns:
         out (b, l, h·p) in x's dtype, or (out, final states (b, h, p, n), final convolution state like conv_state).
-        On the Triton path the gradients of z, x, B, C and dt (of the same dtype) are neighbours in one buffer:
-        :func:`polylepis.kernels.columns.split_columns` passes it on without a copy.
+        On the Triton path gradients lie in one buffer, which :func:`..columns.split_columns` passes on without a copy.
 
     Raises:
         ValueError: shapes, dt_limit, activation or a backend that does not fit.
@@ -99,13 +96,8 @@ def ssd_mixer(
             save_states,
         )
     else:
-        options: dict[str, Any] = {
-            "activation": activation,
-            "seq_idx": seq_idx,
-            "chunk_size": chunk_size,
-            "save_states": save_states,
-        }
-        options |= {"dt_softplus": dt_softplus, "dt_limit": dt_limit}
+        options: dict[str, Any] = {"activation": activation, "seq_idx": seq_idx, "chunk_size": chunk_size}
+        options |= {"save_states": save_states, "dt_softplus": dt_softplus, "dt_limit": dt_limit}
         out, final = _separately(tensors, (group, norm_eps), backend, **options)
     if not return_final_states:
         return out
