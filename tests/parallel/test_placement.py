@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import random
 
 import pytest
@@ -61,7 +62,7 @@ def test_replicas_go_where_most_is(loads: list[float], extra: int) -> None:
     assert min(copies) >= 1 and sum(copies) == len(loads) + extra
     largest = max(load / n for load, n in zip(loads, copies, strict=True))
     if largest > 0:  # to be smaller, every expert needs more than load / largest replicas, too many together
-        needed = sum(max(1, int(load // largest) + (load % largest > 0)) for load in loads)
+        needed = sum(max(1, math.ceil(load / largest - 1e-9)) for load in loads)
         assert needed <= len(slots)
         below = sum(max(1, int(load // (largest * (1 - 1e-9))) + 1) for load in loads if load)
         assert below + loads.count(0.0) > len(slots)
