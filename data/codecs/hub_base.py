@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Self
@@ -19,7 +20,7 @@ from ..files import fingerprint
 from .base import load_arrays, save_arrays
 
 
-class HubCodec:
+class HubCodec(ABC):
     """A codec whose settings name a folder of weights; the model is loaded when it is first needed.
 
     Args:
@@ -54,9 +55,9 @@ class HubCodec:
         """Workers load the model themselves."""
         return {**self.__dict__, "_model": None}
 
+    @abstractmethod
     def _build(self, folder: Path) -> Any:
         """The model of `folder`, in evaluation mode; ImportError when its library is missing."""
-        raise NotImplementedError
 
     def _load(self) -> Any:
         if self._model is None:

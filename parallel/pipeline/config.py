@@ -91,23 +91,11 @@ class PipelineConfig:
             )
 
 
-def layer_costs(model: ModelConfig, mean_keys: float) -> list[float]:
-    """Forward FLOPs per token of each layer; the output projection counts with the last (embedding is a look-up).
-
-    Args:
-        mean_keys: keys that a token attends to on average; see `flops_per_token`.
-    """
-    layers = [model.layer(index) for index in range(len(model.symbols))]
-    costs = [kind.flops(config, model.shape, mean_keys) for kind, config in layers]
-    costs[-1] += 2 * model.d_model * model.padded_vocab
-    return costs
-
-
 def cut_stages(model: ModelConfig, pipeline: PipelineConfig, pp: int, costs: Sequence[float]) -> tuple[Stage, ...]:
     """All stages of the model: by `pipeline.cuts`, else by `|` in the pattern, else by cost.
 
     Args:
-        costs: of each layer, in any unit (`layer_costs`).
+        costs: of each layer, in any unit.
 
     Raises:
         PlanError: a stage without layers, or another number of stages than pp × chunks.

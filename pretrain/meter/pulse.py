@@ -5,9 +5,6 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 
-# In the order of a step. `start` is everything before the first step; `between` is bookkeeping.
-PHASES = ("start", "data", "compute", "update", "checkpoint", "snapshot", "between")
-
 
 @dataclass(frozen=True)
 class Beat:
@@ -15,7 +12,8 @@ class Beat:
 
     Attributes:
         step: the step being worked on, from 1; 0 before the first.
-        phase: one of `PHASES`.
+        phase: start (everything before the first step), data, compute, update, checkpoint, snapshot or
+            between (bookkeeping).
         since: when it began, seconds of the monotonic clock, which no clock adjustment moves.
         count: phases entered so far.
     """

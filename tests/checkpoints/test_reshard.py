@@ -20,10 +20,10 @@ from polylepis.parallel.engines.pipeline import build_stages
 from polylepis.parallel.kinds.moe import MoEConfig
 from polylepis.parallel.mesh import MeshConfig, build_mesh
 from polylepis.parallel.model import HybridModel
-from polylepis.parallel.pipeline.config import PipelineConfig, cut_stages, layer_costs
+from polylepis.parallel.pipeline.config import PipelineConfig, cut_stages
 from polylepis.pretrain.optim import OptimConfig, build_optimizer
 from ranks import run_ranks
-from toys import ALL_ROUTED, toy
+from toys import ALL_ROUTED, flop_costs, toy
 
 MESHES = {
     "one": MeshConfig(dp_shard=1),
@@ -55,7 +55,7 @@ def build(config: MeshConfig, seed: int) -> tuple[Sequence[HybridModel], torch.o
         models: Sequence[HybridModel] = (build_model(CONFIG, mesh, seed=seed),)
     else:
         pipeline = PipelineConfig()
-        stages = cut_stages(CONFIG, pipeline, mesh.pp_size, layer_costs(CONFIG, 8.0))
+        stages = cut_stages(CONFIG, pipeline, mesh.pp_size, flop_costs(CONFIG, 8.0))
         models = build_stages(CONFIG, mesh, pipeline, stages, seed=seed)
     return models, build_optimizer(OptimConfig(), *models)
 

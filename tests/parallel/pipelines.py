@@ -14,9 +14,10 @@ from equivalence import batches, start_experts, whole_gradients
 from polylepis.parallel.engines.pipeline import PipelineEngine, build_stages
 from polylepis.parallel.mesh import ContextConfig, MeshConfig, build_mesh
 from polylepis.parallel.model import ModelConfig
-from polylepis.parallel.pipeline.config import PipelineConfig, cut_stages, layer_costs
+from polylepis.parallel.pipeline.config import PipelineConfig, cut_stages
 from polylepis.parallel.recompute import RecomputeConfig
 from polylepis.pretrain.objectives.next_token import NextToken, ObjectiveOutput, PreparedTokens
+from toys import flop_costs
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ class Watched(PreparedTokens):
 
 def build(config: ModelConfig, case: Case) -> tuple[PipelineEngine, Witness]:
     mesh, witness = build_mesh(case.mesh, "cpu", case.context), Witness()
-    stages = cut_stages(config, case.pipeline, mesh.pp_size, layer_costs(config, 8.0))
+    stages = cut_stages(config, case.pipeline, mesh.pp_size, flop_costs(config, 8.0))
     options: dict[str, Any] = {"dtype": case.dtype, "compute_dtype": case.compute_dtype, "recompute": case.recompute}
     models = build_stages(config, mesh, case.pipeline, stages, seed=3, **options)
     for model in models:

@@ -15,10 +15,10 @@ from polylepis.parallel.errors import PlanError
 from polylepis.parallel.kinds.moe import MoEConfig
 from polylepis.parallel.mesh import ContextConfig, MeshConfig
 from polylepis.parallel.model import ModelConfig
-from polylepis.parallel.pipeline.config import PipelineConfig, cut_stages, layer_costs
+from polylepis.parallel.pipeline.config import PipelineConfig, cut_stages
 from polylepis.parallel.recompute import RecomputeConfig
 from ranks import run_ranks
-from toys import ALL_ROUTED, toy
+from toys import ALL_ROUTED, flop_costs, toy
 
 ROUTED = toy("M*-EM", ALL_ROUTED)
 SHARED = toy("M*-M")
@@ -144,7 +144,7 @@ def test_stages() -> None:
     config = toy("M*-EMM")
     for cuts, pattern in (((), "M*-EMM"), ((0, 1, 4, 5), "M*-EMM"), ((), "M|*-E|M|M")):
         pipeline = PipelineConfig("interleaved", cuts=cuts)
-        stages = cut_stages(replace(config, pattern=pattern), pipeline, 2, layer_costs(config, 8.0))
+        stages = cut_stages(replace(config, pattern=pattern), pipeline, 2, flop_costs(config, 8.0))
         assert [layer for stage in stages for layer in stage.layers] == list(range(6))
         assert [stage.embeds for stage in stages] == [True, False, False, False]
         assert [stage.predicts for stage in stages] == [False, False, False, True]

@@ -68,3 +68,14 @@ def toy_batch(
         "doc_ids": doc_ids,
         "position_ids": positions,
     }
+
+
+def flop_costs(model: ModelConfig, mean_keys: float) -> list[float]:
+    """Forward FLOPs per token of each layer; the output projection counts with the last (embedding is a look-up).
+
+    mean_keys: keys that a token attends to on average.
+    """
+    layers = [model.layer(index) for index in range(len(model.symbols))]
+    costs = [kind.flops(config, model.shape, mean_keys) for kind, config in layers]
+    costs[-1] += 2 * model.d_model * model.padded_vocab
+    return costs
