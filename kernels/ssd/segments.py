@@ -92,11 +92,10 @@ def summarise(
         options: dict[str, Any] = {"seq_idx": seq_idx, "chunk_size": chunk_size, "backend": "torch"}
         y, state = ssd_core(x, log_decay, scale, B, C, D=D, return_final_states=True, **options)
         return Segment(state, total), Kept(x, log_decay, scale, B, C, D, seq_idx, chunk_size, y, None, ())
-    code, chunks = segment_code(seq_idx), triton_chunks(x, B, C, chunk_size, save_states)
-    state, y, *tensors_kept = ssd_segment(x, log_decay, scale, B, C, D, code, *chunks, save_states)
-    return Segment(state, total), Kept(
-        *(x, log_decay, scale, B, C, D, seq_idx, chunks[0], y, code, tuple(tensors_kept))
-    )
+    # the chunk of a backward both ways: where S_in joins, larger tiles spill
+    code, (_, chunk) = segment_code(seq_idx), triton_chunks(x, B, C, chunk_size, True)
+    state, y, *tensors_kept = ssd_segment(x, log_decay, scale, B, C, D, code, chunk, save_states)
+    return Segment(state, total), Kept(x, log_decay, scale, B, C, D, seq_idx, chunk, y, code, tuple(tensors_kept))
 
 
 def enter(kept: Kept, entry: Tensor) -> Tensor:
@@ -146,7 +145,6 @@ def ssd_segment(
     D: Tensor | None,
     code: Tensor | None,
     chunk: int,
-    back_chunk: int,
     save_states: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(S_ext, a stand-in for y, the states that enter each chunk from zero, reach (b, h, chunks), cs, scale).
@@ -181,7 +179,6 @@ def _(
     D: Tensor | None,
     code: Tensor | None,
     chunk: int,
-    back_chunk: int,
     save_states: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     b, l, h, p = x.shape
@@ -258,9 +255,7 @@ def ssd_entered_backward(
 
     scan = _plan(x, log_decay, scale, B, C, None, code, chunk)
     with torch.cuda.device_of(x):
-        ddecay, dC, dentry = launches.entry_gradients(
-            scan, cs, steps, reach, entry.to(torch.float32).contiguous(), dy
-        )
+        ddecay, dC, dentry = launches.entry_gradients(scan, cs, steps, reach, entry.to(torch.float32).contiguous(), dy)
     return ddecay, dC, dentry.to(entry.dtype)
 
 
@@ -283,24 +278,23 @@ def _(
 
 
 def _segment_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *tensors, chunk, back_chunk, save_states = inputs
+    *tensors, ctx.chunk, save_states = inputs
     _, _, states, reach, cs, steps = output
     ctx.mark_non_differentiable(states, reach, cs, steps)
     ctx.set_materialize_grads(False)
-    ctx.chunk = chunk if save_states else back_chunk
     ctx.save_for_backward(*tensors, *((states, cs, steps) if save_states else ()))
 
 
 def _segment_gradients(ctx: Any, dstate: Tensor | None, dy: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
     x, log_decay, scale, B, C, D, code, *states = ctx.saved_tensors
     if dstate is None and dy is None:
-        return (None,) * 10
+        return (None,) * 9
     states = states or [x.new_empty(0, dtype=torch.float32) for _ in range(3)]  # empty: computed again
     dx, ddecay, dscale, _, dB, dC, dD, _ = ssd_backward(
         *(torch.zeros_like(x) if dy is None else dy, dstate, x, log_decay, scale, None, B, C, D, None, code, *states),
         *(False, False, 0.0, float("inf"), ctx.chunk),
     )
-    return dx, ddecay, dscale, dB, dC, None if D is None else dD, *(None,) * 4
+    return dx, ddecay, dscale, dB, dC, None if D is None else dD, *(None,) * 3
 
 
 def _entered_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

@@ -284,7 +284,7 @@ def test_a_segment_entered_twice_or_never() -> None:
 def test_segment_opcheck() -> None:
     t = draw(1, 18, 2, 3, 1, 2, F32)
     names, code = ("x", "dt", "dt", "B", "C", "D"), torch.zeros(1, 18, dtype=torch.int32)
-    args = (*(t[n] for n in names), code, 16, 16)
+    args = (*(t[n] for n in names), code, 16)
     for save in (False, True):
         torch.library.opcheck(torch.ops.polylepis.ssd_segment.default, (*args, save))
     stand_in, *kept = (k.detach() for k in torch.ops.polylepis.ssd_segment(*args, False)[1:])
