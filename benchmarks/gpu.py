@@ -4,8 +4,10 @@
     python -m benchmarks.gpu --tune          # times the launch candidates and rewrites kernels/ssd/triton_table.py
     TRITON_INTERPRET=1 python -m benchmarks.gpu --rehearse     # the same code on a CPU, tiny, writes nothing
 
-DIR holds checkouts or installations of mamba_ssm, fla and causal_conv1d; each peer runs in a process of its own. A case
-that does not fit the device's memory or the time left is written down as such. Needs torch >= 2.11, Triton >= 3.6.
+DIR holds checkouts or installations of mamba_ssm, fla and causal_conv1d. The checks, our cases and each peer run in a
+process of their own, with a kernel cache of their own, so that first steps are cold. What fails, ends its process, does
+not fit the device's memory or the time left is written down as such, and the next case goes on in a fresh process.
+Needs torch >= 2.11, Triton >= 3.6 and nothing else; an installed polylepis is used, this checkout otherwise.
 """
 
 from __future__ import annotations
@@ -26,10 +28,12 @@ from typing import Any
 import torch
 
 from .gpu_cases import LIBRARIES, MODULES, Sizes, least_bytes
-from .gpu_checks import check_all
 
 ROOT = Path(__file__).parent.parent
 SECONDS = 480
+CHECKS = "checks"
+CHECK_SECONDS = 180
+BROKEN = 3  # exit status of a process that cannot use the device any more
 LENGTHS, BATCHES = (4096, 16384, 131072), (1, 4)
 TINY = {"d": 16, "h": 2, "p": 8, "g": 1, "n": 8}
 # Issue 3, H200, bfloat16, per 4,096-token sequence, in microseconds
@@ -42,15 +46,21 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
     parser.add_argument("--tune", action="store_true")
     parser.add_argument("--rehearse", action="store_true")
-    parser.add_argument("--library", choices=LIBRARIES, help=argparse.SUPPRESS)
+    parser.add_argument("--library", choices=[CHECKS, *LIBRARIES], help=argparse.SUPPRESS)
+    parser.add_argument("--skip", type=int, default=0, help=argparse.SUPPRESS)
     parser.add_argument("--result", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--until", type=float, default=0.0, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if not args.rehearse and not torch.cuda.is_available():
         sys.exit("benchmarks.gpu needs a CUDA device; TRITON_INTERPRET=1 … --rehearse runs it on the CPU, tiny")
     device = torch.device("cpu" if args.rehearse else "cuda")
-    if args.library:
-        time_library(args.library, device, args.rehearse, args.until, args.result)
+    find_package()
+    if args.library == CHECKS:
+        from .gpu_checks import check_all
+
+        check_all(device, args.skip, args.until, lambda rows: keep(rows, args.result, device))
+    elif args.library:
+        time_library(args, device)
     elif args.tune:
         from polylepis.kernels.ssd.tune import tune
 
@@ -59,73 +69,106 @@ def main() -> None:
         report(args, device)
 
 
+def find_package() -> None:
+    """Let this checkout be importable as ``polylepis``, here and in the processes to come, where nothing else is."""
+    if importlib.util.find_spec("polylepis") is None:
+        folder = Path(tempfile.mkdtemp(prefix="polylepis-"))
+        (folder / "polylepis").symlink_to(ROOT)
+        sys.path.insert(0, str(folder))
+        os.environ["PYTHONPATH"] = os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")])
+
+
 def report(args: argparse.Namespace, device: torch.device) -> None:
-    """Everything, then one JSON and one Markdown file."""
+    """Everything, then one JSON and one Markdown file, which are written after each process."""
     start = time.time()
     deadline = start + SECONDS - 20
-    result: dict[str, Any] = {"facts": facts(device), "checks": check_all(device), "times": []}
+    result: dict[str, Any] = {"facts": facts(device), "checks": [], "times": []}
     found = ["polylepis", *(name for name, module in MODULES.items() if _has(module, args.peers))]
     if device.type == "cuda":
         torch.cuda.empty_cache()  # the cases run in other processes
     result["absent"] = [name for name in MODULES if name not in found]
-    for position, name in enumerate(found):
-        # ours first; what is left of the time is shared by the peers
-        share = (deadline - time.time()) / (2 if position == 0 and len(found) > 1 else len(found) - position)
-        rows, error = run_library(name, args, time.time() + share, share + 15)
-        result["times"] += rows
+    for position, name in enumerate([CHECKS, *found]):
+        # ours before the peers; what is left of the time is shared by those
+        left, peers = deadline - time.time(), len(found) - 1
+        share = min(left, CHECK_SECONDS) if name == CHECKS else left / (2 if position == 1 and peers else 1)
+        rows, error = run_process(name, args, time.time() + (share / (peers + 2 - position) if position > 1 else share))
+        result[CHECKS if name == CHECKS else "times"] += rows
         if error:
             result.setdefault("errors", {})[name] = error
-    result["seconds"] = round(time.time() - start, 1)
-    text = render(result)
+        result["seconds"] = round(time.time() - start, 1)
+        text = render(result)
+        if not args.rehearse:
+            args.out.mkdir(parents=True, exist_ok=True)
+            stem = "gpu_" + "".join(c if c.isalnum() else "_" for c in result["facts"]["device"].lower())
+            (args.out / f"{stem}.json").write_text(json.dumps(result, indent=2) + "\n")
+            (args.out / f"{stem}.md").write_text(text)
     print(text)
-    if not args.rehearse:
-        args.out.mkdir(parents=True, exist_ok=True)
-        stem = "gpu_" + "".join(c if c.isalnum() else "_" for c in result["facts"]["device"].lower())
-        (args.out / f"{stem}.json").write_text(json.dumps(result, indent=2) + "\n")
-        (args.out / f"{stem}.md").write_text(text)
 
 
-def run_library(name: str, args: argparse.Namespace, until: float, limit: float) -> tuple[list[dict[str, Any]], str]:
-    """(times, error) of one library in a process of its own."""
+def run_process(name: str, args: argparse.Namespace, until: float) -> tuple[list[dict[str, Any]], str]:
+    """(rows, error) of the checks or one library, in a process of its own, and another where that one broke."""
+    rows: list[dict[str, Any]] = []
+    paths = _paths(args.peers) if name in MODULES else []
     with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "result.json"
-        command = [sys.executable, "-m", "benchmarks.gpu", "--library", name, "--result", str(file)]
-        command += ["--until", str(until), *(["--rehearse"] if args.rehearse else [])]
-        paths = _paths(args.peers) if name in MODULES else []
         environment = os.environ | {"PYTHONPATH": os.pathsep.join([*paths, os.environ.get("PYTHONPATH", "")])}
-        try:
-            done = subprocess.run(
-                command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=max(limit, 30)
-            )
-            error = done.stderr.strip()[-800:] if done.returncode else ""
-        except subprocess.TimeoutExpired:
-            error = "ran past its time and was stopped"
-        return (json.loads(file.read_text()) if file.exists() else []), error
+        environment["TRITON_CACHE_DIR"] = str(Path(folder) / "cache")
+        error = ""
+        while True:
+            file = Path(folder) / f"{len(rows)}.json"
+            command = [sys.executable, "-m", "benchmarks.gpu", "--library", name, "--result", str(file)]
+            command += ["--until", str(until), "--skip", str(len(rows)), *(["--rehearse"] if args.rehearse else [])]
+            status = -1
+            try:
+                limit = max(until - time.time() + 15, 30)
+                done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=limit)
+                status = done.returncode
+                error = done.stderr.strip()[-800:] if status not in (0, BROKEN) else error
+            except subprocess.TimeoutExpired:
+                error = "ran past its time and was stopped"
+            fresh = json.loads(file.read_text()) if file.exists() else []
+            rows += fresh
+            if status == 0 or not fresh or time.time() > until:
+                return rows, error
 
 
-def time_library(name: str, device: torch.device, rehearse: bool, until: float, result: Path) -> None:
+def keep(rows: list[dict[str, Any]], result: Path, device: torch.device) -> None:
+    """Write the rows so far; end the process if the device fails every call after a kernel's error."""
+    fresh = result.with_suffix(".new")
+    fresh.write_text(json.dumps(rows))
+    fresh.replace(result)
+    try:
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+            torch.cuda.empty_cache()
+    except Exception:
+        sys.stdout.flush()
+        os._exit(BROKEN)
+
+
+def time_library(args: argparse.Namespace, device: torch.device) -> None:
     """One row per case and sizes, written after each; small problems first, so that a cut costs the largest only."""
     rows: list[dict[str, Any]] = []
     sizes = [Sizes(b, l) for l in LENGTHS for b in BATCHES]
-    if rehearse:
+    if args.rehearse:
         sizes = [Sizes(1, 20, **TINY)]
-    for s in sorted(sizes, key=lambda s: s.b * s.l):
-        for case, build in LIBRARIES[name].items():
-            row: dict[str, Any] = {"library": name, "case": case, "length": s.l, "batch": s.b}
-            try:
-                if time.time() > until:
-                    raise TimeoutError("no time left")
-                row |= time_case(build(s, device, torch.bfloat16 if device.type == "cuda" else torch.float32), device)
-            except torch.OutOfMemoryError:
-                row["error"] = "out of memory"
-            except Exception as error:  # a peer that fails is a result, too
-                row["error"] = f"{type(error).__name__}: {error}"[:300]
-            for direction, size in zip(("forward", "backward"), least_bytes(case, s), strict=True):
-                row[f"{direction}_bytes"] = size
-            rows.append(row)
-            result.write_text(json.dumps(rows))
-            if device.type == "cuda":
-                torch.cuda.empty_cache()
+    plan = [(s, case) for s in sorted(sizes, key=lambda s: s.b * s.l) for case in LIBRARIES[args.library]]
+    for s, case in plan[args.skip :]:
+        row: dict[str, Any] = {"library": args.library, "case": case, "length": s.l, "batch": s.b}
+        for direction, size in zip(("forward", "backward"), least_bytes(case, s), strict=True):
+            row[f"{direction}_bytes"] = size
+        rows.append(row | {"error": "the process ended here"})
+        keep(rows, args.result, device)
+        try:
+            if time.time() > args.until:
+                raise TimeoutError("no time left")
+            build = LIBRARIES[args.library][case]
+            row |= time_case(build(s, device, torch.bfloat16 if device.type == "cuda" else torch.float32), device)
+        except torch.OutOfMemoryError:
+            row["error"] = "out of memory"
+        except Exception as error:  # a peer that fails is a result, too
+            row["error"] = f"{type(error).__name__}: {error}"[:300].replace("\n", " ")
+        rows[-1] = row
+        keep(rows, args.result, device)
 
 
 def time_case(built: tuple[Callable[[], Any], list[torch.Tensor]], device: torch.device) -> dict[str, float]:
@@ -172,7 +215,11 @@ def facts(device: torch.device) -> dict[str, Any]:
     """What the figures depend on, the bandwidth of a large copy among them."""
 
     def git(*arguments: str) -> str:
-        return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
+        try:
+            done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
+        except OSError:  # no git on this machine
+            return ""
+        return done.stdout.strip()
 
     commit = git("rev-parse", "--short", "HEAD") or "none"
     if git("status", "--porcelain", "--", "kernels"):

@@ -39,7 +39,7 @@ Case = Callable[[Sizes, torch.device, torch.dtype], Built]
 
 
 def fresh(*shape: int, device: torch.device, dtype: torch.dtype, scale: float = 1.0) -> Tensor:
-    return (torch.randn(shape, device=device, dtype=torch.float32) * scale).to(dtype).requires_grad_()
+    return torch.randn(shape, device=device, dtype=dtype).mul_(scale).requires_grad_()
 
 
 def scan_inputs(s: Sizes, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:

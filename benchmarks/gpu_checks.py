@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -16,20 +17,23 @@ ALLOWED = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 Function = Callable[[str, dict[str, Tensor]], Any]
 
 
-def check_all(device: torch.device) -> list[dict[str, Any]]:
-    """One row per check and dtype; never raises, a failure is a row that says so."""
-    rows = []
-    for dtype, allowed in ALLOWED.items():
-        if device.type == "cpu" and dtype == torch.bfloat16:
-            continue  # the interpreter cannot multiply it
-        for name, build in CASES.items():
-            function, shapes, grads = build(device)
-            try:
-                rows.append(compare(name, function, shapes, grads, device, dtype, allowed))
-            except Exception as error:
-                what = f"{type(error).__name__}: {error}"[:300]
-                rows.append(_row(name, dtype, float("nan"), what, allowed, False))
-    return rows
+def check_all(device: torch.device, skip: int, until: float, keep: Callable[[list[dict[str, Any]]], None]) -> None:
+    """One row per check and dtype but the first ``skip``, kept before and after each; a failure is a row, too."""
+    rows: list[dict[str, Any]] = []
+    # the interpreter cannot multiply bfloat16
+    plan = [(name, dtype) for dtype in ALLOWED for name in CASES if device.type != "cpu" or dtype == torch.float32]
+    for name, dtype in plan[skip:]:
+        allowed = ALLOWED[dtype]
+        rows.append(_row(name, dtype, float("nan"), "the process ended here", allowed, False))
+        keep(rows)
+        try:
+            if time.time() > until:
+                raise TimeoutError("no time left")
+            rows[-1] = compare(name, *CASES[name](device), device, dtype, allowed)
+        except Exception as error:
+            what = f"{type(error).__name__}: {error}"[:300].replace("\n", " ")
+            rows[-1] = _row(name, dtype, float("nan"), what, allowed, False)
+        keep(rows)
 
 
 def _row(name: str, dtype: torch.dtype, worst: float, tensor: str, allowed: float, equal: bool) -> dict[str, Any]:

@@ -35,9 +35,16 @@ def compare(tensors: Tensors, groups: int, tolerance: float = TOLERANCE, **optio
     return got
 
 
-@pytest.mark.parametrize("save", [False, True])
 @pytest.mark.parametrize(
-    "shape, width", [((1, 1, 1, 1, 1, 1), 4), ((2, 37, 4, 5, 2, 19), 4), ((1, 20, 3, 21, 3, 3), 2)], ids=str
+    "shape, width, save",
+    [
+        ((1, 1, 1, 1, 1, 1), 4, False),
+        ((2, 37, 4, 5, 2, 19), 4, False),
+        ((1, 20, 3, 21, 3, 3), 2, True),
+        pytest.param((2, 37, 4, 5, 2, 19), 4, True, marks=pytest.mark.full),
+        pytest.param((1, 20, 3, 21, 3, 3), 2, False, marks=pytest.mark.full),
+    ],
+    ids=str,
 )
 def test_against_the_recurrence(shape: tuple[int, ...], width: int, save: bool) -> None:
     t = draw(*shape, width=width)
@@ -54,7 +61,10 @@ def test_where_a_group_of_the_norm_almost_vanishes() -> None:
     compare(draw(2, 21, 4, 5, 2, 3), 2, tolerance=3e-5)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+MARKS = {"mixed rows": (), "padding everywhere": ()}  # they hold what the others do
+
+
+@pytest.mark.parametrize("layout", [pytest.param(n, marks=MARKS.get(n, pytest.mark.full)) for n in LAYOUTS])
 def test_documents(layout: str) -> None:
     """Resets, one-token documents and padding, beside initial states of scan and convolution; padding gives zeros."""
     ids = LAYOUTS[layout]
@@ -156,8 +166,8 @@ def test_one_launch_precedes_the_scan(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_two_runs_are_bitwise_equal() -> None:
-    t = draw(2, 33, 2, 3, 1, 2)
-    first, second = (results(mixer, t, 1, backend="triton", seq_idx=LAYOUTS["mixed rows"]) for _ in range(2))
+    t = draw(1, 28, 2, 3, 1, 2)
+    first, second = (results(mixer, t, 1, backend="triton", seq_idx=LAYOUTS["padding everywhere"]) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
@@ -170,15 +180,22 @@ def test_extreme_decays_stay_finite() -> None:
     assert all(torch.isfinite(v).all() for v in results(mixer, t, 1, backend="triton"))
 
 
-def test_opcheck_and_one_graph() -> None:
+@pytest.mark.parametrize(
+    "save, left_out",
+    [(True, ("z", "norm_weight", "conv_bias", "D")), pytest.param(False, (), marks=pytest.mark.full)],
+)
+def test_opcheck(save: bool, left_out: tuple[str, ...]) -> None:
     t = draw(1, 18, 2, 3, 1, 2)
     code = torch.zeros(1, 18, dtype=torch.int32)
     code[:, 7:] = 2
     order = "x B C dt z conv_weight conv_bias conv_state code A dt_bias D initial_states code norm_weight".split()
     numbers = (1, 3, 1e-5, True, True, 0.0, float("inf"), 16, 16)
-    for save, left_out in ((False, ()), (True, ("z", "norm_weight", "conv_bias", "D"))):
-        args = [code if name == "code" else None if name in left_out else t[name] for name in order]
-        torch.library.opcheck(torch.ops.polylepis.mixer_forward.default, (*args, *numbers, save))
+    args = [code if name == "code" else None if name in left_out else t[name] for name in order]
+    torch.library.opcheck(torch.ops.polylepis.mixer_forward.default, (*args, *numbers, save))
+
+
+def test_compiles_into_one_graph() -> None:
+    t = draw(1, 18, 2, 3, 1, 2)
     compiled = torch.compile(mixer, fullgraph=True, backend="aot_eager")
     got = results(lambda *a, **k: compiled(*a, **k), t, 1, backend="triton")
     assert_close(got, results(mixer, t, 1, backend="triton"), TOLERANCE)
@@ -203,4 +220,4 @@ def test_bfloat16() -> None:
     low = {k: v.detach().bfloat16().requires_grad_() for k, v in rounded.items()}
     got = results(mixer, low, 2, backend="triton")
     assert got[0].dtype == torch.bfloat16 and got[1].dtype == F32 and all(g.dtype == torch.bfloat16 for g in got[3:])
-    assert_close(got, results(oracle, rounded, 2), 4e-2)
+    assert_close(got, results(oracle, rounded, 2), 2e-2)  # worst 0.9 %, the gradient of C

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -116,14 +116,21 @@ def measured(
 
 
 def predicted(
-    config: ModelConfig, lengths: list[int], tp: int, dtype: torch.dtype, choices: RecomputeConfig, rows: int = 1
+    config: ModelConfig,
+    lengths: list[int],
+    tp: int,
+    dtype: torch.dtype,
+    choices: RecomputeConfig,
+    rows: int = 1,
+    *,
+    kernels: Literal["torch", "triton"] = "torch",
 ) -> float:
     setting = Setting(
         MeshConfig(dp_shard=1, tp=tp),
         rows * sum(lengths),
         mean_keys(lengths),
         torch.empty((), dtype=dtype).element_size(),
-        "torch",
+        kernels,
         recompute=choices,
         modalities=len(config.modalities),
     )
