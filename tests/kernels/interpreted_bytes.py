@@ -12,10 +12,11 @@ from typing import Any
 import pytest
 import torch
 
-TESTS = Path(__file__).parents[1]
-sys.path[:0] = [str(TESTS / "kernels"), str(TESTS), str(TESTS / "parallel")]
+sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[1] / "parallel"))
+sys.path.insert(0, str(Path(__file__).parent))
 from bfloat16_shim import bfloat16  # noqa: F401
-from test_cost import MAMBA, NONE, PACKED, PARTLY, ROUTED, SELECTIVE, measured, model_of, predicted
+from test_cost import NONE, PACKED, PARTLY, ROUTED, SELECTIVE, measured, model_of, predicted
 
 from polylepis.kernels import conv, norm, operators
 from polylepis.kernels.ssd import api, mixer, segments
