@@ -1,4 +1,7 @@
-"""A data set folder: manifest, tokenizer, codecs, shards and their indices, opened with every claim checked."""
+"""A data set folder: manifest, tokenizer, codecs, shards and their indices, opened with every claim checked.
+
+What a start needs is little: tokenizer, codecs and file systems are imported where they are first used.
+"""
 
 from __future__ import annotations
 
@@ -6,22 +9,26 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .codecs import Codec, load_codec
 from .compose import Composer
 from .errors import BadSampleError, DataError
-from .files import sha256_file, write_atomic
+from .files import is_url, sha256_file, write_atomic
 from .index import BLOCK, ShardIndex, TextReading, index_path, scan_shard
 from .latents import LatentFormat, LatentRows, slot_counts, to_float
-from .remote import RemoteFolder, RemoteShards, is_url
 from .shards import ShardFiles
-from .tokenizer import TOKENIZER_FILES, Tokenizer, load_tokenizer
 from .vocabulary import Vocabulary
 
+if TYPE_CHECKING:
+    from .codecs import Codec
+    from .remote import RemoteFolder
+    from .tokenizer import Tokenizer
+
+TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json")
 MANIFEST = "manifest.json"
 MANIFEST_VERSION = 1
 
@@ -152,7 +159,7 @@ class Dataset:
         path: the folder.
         manifest: contents of manifest.json.
         identity: 64 hexadecimal digits, the hash of the manifest; it goes into every checkpoint.
-        vocabulary, tokenizer, codecs: what the tokens mean.
+        vocabulary: what the tokens mean.
         splits: name -> `Split`.
     """
 
@@ -160,9 +167,21 @@ class Dataset:
     manifest: dict[str, Any]
     identity: str
     vocabulary: Vocabulary
-    tokenizer: Tokenizer
-    codecs: dict[str, Codec]
     splits: dict[str, Split]
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        """Of the text modality."""
+        from .tokenizer import load_tokenizer
+
+        return load_tokenizer(self.path / find_tokenizer(self.path, self.manifest))
+
+    @cached_property
+    def codecs(self) -> dict[str, Codec]:
+        """Modality -> codec, for all but text."""
+        from .codecs import load_codec
+
+        return {modality: load_codec(self.path / codec_file(modality)) for modality in self.vocabulary.modalities[1:]}
 
     @property
     def latent_format(self) -> LatentFormat | None:
@@ -195,7 +214,11 @@ class Dataset:
                 shard that is missing, truncated, foreign (its index tells of another tar, or other vocabularies, or
                 the manifest does not list it) or without index.
         """
-        remote = RemoteFolder(str(path)) if is_url(path) else None
+        remote = None
+        if is_url(path):
+            from .remote import RemoteFolder
+
+            remote = RemoteFolder(str(path))
         root = remote.local if remote else Path(path)
         if remote:
             remote.fetch(MANIFEST, fresh=True)
@@ -203,35 +226,46 @@ class Dataset:
         if remote:
             for file, entry in manifest["files"].items():
                 remote.fetch(file, size=entry["bytes"], sha256=entry["sha256"])
-        vocabulary = Vocabulary.from_json(manifest["vocabulary"])
-        tokenizer_file = find_tokenizer(root, manifest)
-        expected: dict[str, str] = manifest["fingerprints"]
-        tokenizer = load_tokenizer(root / tokenizer_file)
-        codecs: dict[str, Codec] = {m: load_codec(root / codec_file(m)) for m in vocabulary.modalities[1:]}
-        found = fingerprints(vocabulary, tokenizer, codecs)
-        for name, value in found.items():
-            if expected.get(name) != value:
-                file = "vocabulary" if name == "vocabulary" else tokenizer_file if name == "text" else codec_file(name)
-                raise DataError(
-                    f"{root / file}: fingerprint {value[:12]} differs from {str(expected.get(name))[:12]} in the "
-                    "manifest: the shards were made with another one; restore it or build the data set again"
-                )
-        form = LatentFormat.of(codecs)
-        stated = LatentFormat.from_json(manifest["latents"]) if "latents" in manifest else None
-        if form != stated:
-            raise DataError(f"{root / MANIFEST}: its latents are {stated}, its codecs make {form}")
+        opened = cls(root, manifest, identity, Vocabulary.from_json(manifest["vocabulary"]), {})
+        opened._check_meanings()
+        expected, form = manifest["fingerprints"], opened.latent_format
         listed = {shard["name"] for shards in manifest["splits"].values() for shard in shards}
         stray = [] if remote else sorted(tar.name for tar in root.glob("*.tar") if tar.name not in listed)
         if stray:
             raise DataError(f"{root / stray[0]} is not in the manifest: a foreign shard; move it out of the folder")
-        splits = {
-            name: _open_split(root, name, shards, expected, remote, form) for name, shards in manifest["splits"].items()
-        }
+        for name, shards in manifest["splits"].items():
+            opened.splits[name] = _open_split(root, name, shards, expected, remote, form)
         if "text" in manifest:
-            compose = Composer(vocabulary, tokenizer, codecs)
-            for split in splits.values():
+            compose = opened.composer
+            for split in opened.splits.values():
                 split.encode = lambda text: compose.document([("text", text)])
-        return cls(root, manifest, identity, vocabulary, tokenizer, codecs, splits)
+        return opened
+
+    def _check_meanings(self) -> None:
+        """Refuses a vocabulary, tokenizer or codec other than those that the shards were made with.
+
+        A file that hashes as it did when the manifest was written has the fingerprint that was written with it; it is
+        loaded only when it does not.
+        """
+        expected, listed = self.manifest["fingerprints"], self.manifest["files"]
+        files = {"text": find_tokenizer(self.path, self.manifest)}
+        files |= {modality: codec_file(modality) for modality in self.vocabulary.modalities[1:]}
+        paths = {self.path / file: listed.get(file, {}).get("sha256") for file in files.values()}
+        changed = not all(path.is_file() and sha256_file(path) == sha256 for path, sha256 in paths.items())
+        found = {"vocabulary": self.vocabulary.fingerprint}
+        if changed:
+            found = fingerprints(self.vocabulary, self.tokenizer, self.codecs)
+        for name, value in found.items():
+            if expected.get(name) != value:
+                raise DataError(
+                    f"{self.path / files.get(name, name)}: fingerprint {value[:12]} differs from "
+                    f"{str(expected.get(name))[:12]} in the manifest: the shards were made with another one; restore "
+                    "it or build the data set again"
+                )
+        if changed or "latents" in self.manifest:
+            form, stated = LatentFormat.of(self.codecs), self.latent_format
+            if form != stated:
+                raise DataError(f"{self.path / MANIFEST}: its latents are {stated}, its codecs make {form}")
 
     def validate(self) -> Iterator[tuple[str, int]]:
         """Reads everything: hashes of all files, indices against the tars, every sample's tokens and spans.
@@ -242,6 +276,8 @@ class Dataset:
         Raises:
             DataError: the first thing that is wrong.
         """
+        from .remote import RemoteShards
+
         for name, entry in self.manifest["files"].items():
             if sha256_file(self.path / name) != entry["sha256"]:
                 raise DataError(f"{self.path / name}: sha256 differs from the manifest")
@@ -438,7 +474,7 @@ def _open_split(
         token_offset=join("token_offset"),
         token_bytes=join("token_bytes"),
         token_crc32=join("token_crc32"),
-        files=RemoteShards(remote, shards) if remote else ShardFiles([root / shard["name"] for shard in shards]),
+        files=remote.shards(shards) if remote else ShardFiles([root / shard["name"] for shard in shards]),
         root=remote.url if remote else str(root),
         latent_format=form,
         latent_rows=LatentRows.join(rows) if form else None,

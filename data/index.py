@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import io
 import json
-import tarfile
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -176,6 +175,8 @@ def read_members(file: BinaryIO, size: int, name: str) -> Iterator[Member]:
         DataError: a header with a wrong checksum, a member that is no regular file (PAX and GNU extensions included),
             a name without extension, or an archive that ends early.
     """
+    import tarfile  # only scans need it; a start reads stored indices
+
     offset = 0
     while True:
         file.seek(offset)

@@ -29,11 +29,6 @@ _CHUNK = 1 << 22
 T = TypeVar("T")
 
 
-def is_url(path: object) -> bool:
-    """Whether this names a file system other than the local one, e.g. s3://bucket/folder."""
-    return "://" in str(path)
-
-
 class RemoteFolder:
     """A data set's folder on some file system, and its local copy as far as it was needed.
 
@@ -71,6 +66,10 @@ class RemoteFolder:
         self.range_bytes = _gigabytes("POLYLEPIS_RANGE_GB", 4) if range_bytes is None else range_bytes
         self.first_wait = first_wait
         self.local.mkdir(parents=True, exist_ok=True)
+
+    def shards(self, entries: list[dict[str, Any]]) -> RemoteShards:
+        """The shards that a manifest lists."""
+        return RemoteShards(self, entries)
 
     def size(self, name: str) -> int:
         """Bytes of a remote file; DataError when it is missing or cannot be reached."""

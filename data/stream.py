@@ -10,12 +10,12 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch.distributed as dist
 
-from .batch import Batch, Slots, collate, mask, micro_batches, weight_vector
+from .batch import Batch, Rows, Slots, collate, mask, micro_batches, to_tensors, weight_vector
 from .dataset import Dataset
 from .deal import Deal, Dealt, PackFacts, check_dealt, check_divides, dealt_digest
 from .errors import DataError
@@ -26,6 +26,9 @@ from .plan import Pack, Place, Planner, Position, StepPlan, digest, flat, short
 from .quarantine import Entry, Ledger, QuarantineConfig, tell
 from .reader import Ahead, Found, Order, Reader
 from .share import is_reader, share
+
+if TYPE_CHECKING:
+    import torch.distributed as dist
 
 __all__ = ["Batch", "QuarantineConfig", "Source", "Stage", "Step", "Stream", "StreamConfig", "collate", "weight_vector"]
 
@@ -101,7 +104,7 @@ class Step:
 
     Attributes:
         index: number of the step, from 0.
-        micro_batches: this rank's batches; see `batch.collate`.
+        rows: this rank's rows as arrays; see `batch.lay_out` and `batch.add_latents`.
         total_weight: sum of all planned loss weights of the *global* batch (quarantined samples included).
         target_tokens: targets of the global batch by modality (of the label).
         tokens: tokens of the global batch by modality, padding not counted.
@@ -115,10 +118,12 @@ class Step:
         latent_weight: sum of their planned weights, the denominator of a loss on them.
         agreed: what all ranks must have in common: `doc_digest`, or a hash of it and of how packs are dealt out.
         dealt: what the function that deals packs out says of it, for the metrics.
+        micro_batch: rows of a micro-batch.
+        slots: how latents lie in the rows, where there are such.
     """
 
     index: int
-    micro_batches: list[Batch]
+    rows: Rows
     total_weight: float
     target_tokens: dict[str, int]
     tokens: dict[str, int]
@@ -132,6 +137,13 @@ class Step:
     latent_weight: float = 0.0
     agreed: str = ""
     dealt: dict[str, float] = field(default_factory=dict)
+    micro_batch: int = 1
+    slots: Slots | None = None
+
+    @cached_property
+    def micro_batches(self) -> list[Batch]:
+        """This rank's batches: `rows` as tensors, cut along the leading axis. Only this needs torch."""
+        return micro_batches(to_tensors(self.rows, self.slots), self.micro_batch)
 
 
 class Stream:
@@ -268,7 +280,7 @@ class Stream:
         dealt, batch_digest = self._dealt(plan), digest("", plan.packs)
         step = Step(
             index=self._step,
-            micro_batches=micro_batches(found.rows, self.config.micro_batch),
+            rows=found.rows,
             total_weight=float((targets * self._weights.astype(np.float64)).sum()),
             target_tokens=self._named(targets),
             tokens=self._named(per_modality),
@@ -282,6 +294,8 @@ class Stream:
             latent_weight=float((latents * self._weights.astype(np.float64)).sum()),
             agreed=batch_digest if dealt is None else dealt_digest(batch_digest, dealt.order),
             dealt={} if dealt is None else dealt.facts,
+            micro_batch=self.config.micro_batch,
+            slots=self._slots,
         )
         self._position, self._ledger = plan.after, ledger
         self._step += 1
@@ -376,7 +390,7 @@ class Stream:
             group=self.model_group,
             slots=self._slots,
         )
-        n_bad = int(rows.pop("n_bad"))
+        n_bad = int(rows.pop("n_bad")[0])
         bears = self.config.quarantine.max_per_source > 0 and self.group is not None
         if n_bad and found is None and not bears:
             raise DataError(
@@ -437,7 +451,7 @@ class Stream:
             return []
         return [(pack.source, sample) for sample in pack.samples.tolist() if (pack.source, sample) in ledger]
 
-    def _mask(self, plan: StepPlan, rows: Batch, ledger: Ledger) -> None:
+    def _mask(self, plan: StepPlan, rows: Rows, ledger: Ledger) -> None:
         """Takes what the ledger lists out of this rank's rows."""
         for row, (source, samples) in enumerate(self._cut(plan).packs):
             start = 0
