@@ -134,7 +134,7 @@ def add_latents(batch: Rows, rows: Sequence[Sequence[np.ndarray]], slots: Slots,
 
     Adds:
         latents uint16 [rows, N, width], bits of bfloat16 or float16; latent_pos int64 [rows, N], the slot of the row
-        that each belongs to, ascending, -1 in the padding at the end; latent_weight float32 [rows, N], 0 in the padding.
+        that each belongs to, ascending, -1 in the padding at the end; latent_weight float32 [rows, N], 0 in the latter.
 
     Raises:
         DataError: a row with another number of latents than slots, or more than N.

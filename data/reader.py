@@ -6,7 +6,6 @@ change a batch. What is read ahead is not yet consumed; the stream's state knows
 
 from __future__ import annotations
 
-import logging
 import threading
 import time
 from collections import deque
@@ -19,7 +18,6 @@ from .batch import Rows, Slots, add_latents, lay_out
 from .errors import BadSampleError, DataError
 from .plan import Planner, Position, StepPlan
 
-log = logging.getLogger("polylepis.data")
 _RESTARTS = 3  # of dead workers, without a step in between
 
 
@@ -144,7 +142,7 @@ class Watch:
                 since, where, sample = self._doing
                 waited = time.monotonic() - since
                 if waited >= self.seconds:
-                    log.error("reading stalls: %.0f s so far on %s", waited, where(sample))
+                    _log().error("reading stalls: %.0f s so far on %s", waited, where(sample))
             if self._done.wait(self.seconds):
                 return
 
@@ -194,7 +192,7 @@ class Ahead:
                         f"data workers died {_RESTARTS + 1} times at draw {position.draws} "
                         f"({' '.join(str(error).split())}); is there enough memory for data.workers {self.workers}?"
                     ) from error
-                log.warning("a data worker died; reading again from draw %d on", position.draws)
+                _log().warning("a data worker died; reading again from draw %d on", position.draws)
         plan = self._planned.popleft()
         self._at = plan.after
         return plan, Found({name: tensor.numpy() for name, tensor in rows.items()}, bad)
@@ -234,6 +232,12 @@ class Ahead:
         if loader is not None:
             loader._shutdown_workers()  # type: ignore[attr-defined]
         self._planned.clear()
+
+
+def _log() -> Any:
+    import logging  # a start without a word to say is faster by it
+
+    return logging.getLogger("polylepis.data")
 
 
 def _to_shared(found: Found) -> tuple[dict[str, Any], list[tuple[int, int, int, str]]]:

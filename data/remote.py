@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 
 from .errors import BadSampleError, DataError
 from .files import fsync_folder, sha256_file
-from .shards import ShardFiles
+from .pread import ShardFiles
 
 log = logging.getLogger("polylepis.data")
 _TRIES = 6
