@@ -89,7 +89,8 @@ def resume(config: StreamConfig, position: int, runs: int = 5) -> dict[str, floa
         parts: "python" (until the first line of the script runs), "numpy" and "imports" (of all the rest; torch is not
         among it), "open" (data set opened, state loaded), "first_batch". "site": the part of "python" that the module
         `site` takes, with the .pth files that editable installs and others leave. Not in it, "tensors": import torch
-        and make the step's tensors, which a trainer needs and for which it imports torch anyway. "cpu": CPU seconds of process.
+        and make the step's tensors, which a trainer needs and for which it imports torch anyway. "cpu": CPU seconds of
+        process.
     """
     stream = Stream(Dataset.open(config.path), config, dp_rank=0, dp_size=1)
     here, passed = stream.planner.start, 0

@@ -240,7 +240,8 @@ def _log() -> Any:
     return logging.getLogger("polylepis.data")
 
 
-def _to_shared(found: Found) -> tuple[dict[str, Any], list[tuple[int, int, int, str]]]:
+def _to_shared(found: Any) -> tuple[dict[str, Any], list[tuple[int, int, int, str]]]:
+    """A worker's `Found` as tensors."""
     import torch
 
     return {name: torch.from_numpy(array) for name, array in found.rows.items()}, found.bad
