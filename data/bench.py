@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -67,7 +67,8 @@ def bench(
         "peers": {name: found.get("version") or f"not measured: {found['error']}" for name, found in others.items()},
         "ratio": {kind: ours[kind] / theirs[kind] for kind in ours},
         "planning_us_per_document": planning(chosen.lengths),
-        "resume": {str(at): resume(config, at) for at in (0, position)},
+        "resume": resume(config, (0, position)),
+        "torch": _start(["-c", "import torch"], dict(os.environ), 1),
         "resident": resident_memory(config, resident, workers=4),
     }
 
@@ -81,17 +82,28 @@ def planning(lengths: np.ndarray, *, seq_len: int = 4096, window: int = 4096, do
     return (time.process_time() - started) / len(many) * 1e6
 
 
-def resume(config: StreamConfig, position: int, runs: int = 5) -> dict[str, float]:
-    """Seconds in a fresh process, resumed after `position` documents, the fastest of `runs` processes.
+def resume(config: StreamConfig, positions: Sequence[int], runs: int = 5) -> dict[str, dict[str, float]]:
+    """Seconds in a fresh process that goes on after so many documents, the fastest of `runs` processes.
 
     Returns:
-        "process": from the call that starts the interpreter to the rows of the step after `position` as arrays. Its
-        parts: "python" (until the first line of the script runs), "numpy" and "imports" (of all the rest; torch is not
-        among it), "open" (data set opened, state loaded), "first_batch". "site": the part of "python" that the module
-        `site` takes, with the .pth files that editable installs and others leave. Not in it, "tensors": import torch
-        and make the step's tensors, which a trainer needs and for which it imports torch anyway. "cpu": CPU seconds of
-        process.
+        position -> {"process": from the call that starts the interpreter to the rows of the next step, as arrays.
+        Its parts: "python" (until the first line of the script runs), "numpy", "imports" of all the rest (torch is not
+        among it), "open" (data set opened, state loaded) and "first_batch". "site": the part of "python" that the
+        module `site` takes, with the .pth files that editable installs and others leave. "cpu": CPU seconds}.
     """
+    with tempfile.TemporaryDirectory() as compiled:
+        # Bytecode is kept, as an installation does, also where the environment forbids it; the first run writes it.
+        environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[2])}
+        environment |= {"PYTHONPYCACHEPREFIX": compiled, "PYTHONDONTWRITEBYTECODE": ""}
+        _first_batch(config, 0, environment)
+        site = [_start([*flags, "-c", "pass"], environment, runs) for flags in (["-I"], ["-I", "-S"])]
+        found = {at: [_first_batch(config, at, environment) for _ in range(runs)] for at in positions}
+    best = {str(at): min(many, key=lambda one: one["process"]) for at, many in found.items()}
+    return {at: {**one, "site": site[0] - site[1]} for at, one in best.items()}
+
+
+def _first_batch(config: StreamConfig, position: int, environment: dict[str, str]) -> dict[str, float]:
+    """One process of `resume`."""
     stream = Stream(Dataset.open(config.path), config, dp_rank=0, dp_size=1)
     here, passed = stream.planner.start, 0
     while passed < position:
@@ -106,34 +118,24 @@ def resume(config: StreamConfig, position: int, runs: int = 5) -> dict[str, floa
     keys = ("path", "split", "seq_len", "global_batch")
     given = json.dumps([{key: getattr(config, key) for key in keys}, state])
     command = [sys.executable, "-c", _RESUME]
-    best: dict[str, float] = {}
-    with tempfile.TemporaryDirectory() as compiled:
-        # Bytecode is kept, as an installation does, also where the environment forbids it; one run more writes it.
-        environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[2])}
-        environment |= {"PYTHONPYCACHEPREFIX": compiled, "PYTHONDONTWRITEBYTECODE": ""}
-        for run in range(1 + runs):
-            started = time.monotonic()
-            done = subprocess.run(command, input=given, capture_output=True, text=True, check=True, env=environment)
-            *marks, cpu = json.loads(done.stdout)
-            parts = dict(zip(_PARTS, np.diff([started, *marks]).tolist(), strict=True))
-            found = {"process": marks[-2] - started, "cpu": cpu, **parts}
-            if run and (not best or found["process"] < best["process"]):
-                best = found
-        best["site"] = _start(["-I"], environment, runs) - _start(["-I", "-S"], environment, runs)
-    return best
+    started = time.monotonic()
+    done = subprocess.run(command, input=given, capture_output=True, text=True, check=True, env=environment)
+    *marks, cpu = json.loads(done.stdout)
+    parts = dict(zip(_PARTS, np.diff([started, *marks]).tolist(), strict=True))
+    return {"process": marks[-1] - started, "cpu": cpu, **parts}
 
 
-def _start(flags: list[str], environment: dict[str, str], runs: int) -> float:
+def _start(arguments: list[str], environment: dict[str, str], runs: int) -> float:
     """Seconds in which an interpreter starts and ends, the fastest of `runs`."""
     best = float("inf")
     for _ in range(runs):
         started = time.monotonic()
-        subprocess.run([sys.executable, *flags, "-c", "pass"], env=environment, check=True)
+        subprocess.run([sys.executable, *arguments], env=environment, check=True)
         best = min(best, time.monotonic() - started)
     return best
 
 
-_PARTS = ("python", "numpy", "imports", "open", "first_batch", "tensors")
+_PARTS = ("python", "numpy", "imports", "open", "first_batch")
 # Linux's monotonic clock is one for all processes.
 _RESUME = """
 import time
@@ -149,11 +151,8 @@ stream = Stream(Dataset.open(fields["path"]), StreamConfig(**fields), dp_rank=0,
 marks.append(time.monotonic())
 step = stream.next()
 marks.append(time.monotonic())
-cpu = time.process_time()
 assert step.rows["tokens"].size and "torch" not in sys.modules
-step.micro_batches
-marks.append(time.monotonic())
-print(json.dumps([*marks, cpu]))
+print(json.dumps([*marks, time.process_time()]))
 """
 
 
@@ -251,9 +250,9 @@ def report(result: dict[str, Any]) -> str:
         lines.append(
             f"resume after {at} documents: {ms['process']} from process start to the first batch, as arrays without "
             f"torch ({ms['cpu']} of CPU):\n  python {ms['python']} (of which site-packages' .pth files {ms['site']}), "
-            f"numpy {ms['numpy']}, our imports {ms['imports']}, open {ms['open']}, batch {ms['first_batch']}; "
-            f"torch and the batch as tensors {ms['tensors']} more"
+            f"numpy {ms['numpy']}, our imports {ms['imports']}, open {ms['open']}, batch {ms['first_batch']}"
         )
+    lines.append(f"not among it: a process that imports torch, as a trainer does, {result['torch']:.2f} s")
     lines += [f"{name}: {what}" for name, what in result["peers"].items()]
     memory = result["resident"]
     lines.append(

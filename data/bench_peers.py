@@ -26,13 +26,14 @@ Samples = Iterator[dict[str, Any]]
 def measure(name: str, python: str, path: Path, split: str, samples: int) -> dict[str, Any]:
     """{version, raw, tokens, decoded (samples per CPU second)} of a peer, or {error: why not}."""
     command = [python, "-m", "polylepis.data.bench_peers", name, str(path), split, str(samples)]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path[1:]))}
-    if python != sys.executable:  # its packages first; ours are found through the package's own root
-        environment["PYTHONPATH"] = str(Path(__file__).resolve().parents[2])
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=_SECONDS)
-    except subprocess.TimeoutExpired:
-        return {"error": f"no result within {_SECONDS} s"}
+    with tempfile.TemporaryDirectory() as path_entry:
+        # Another interpreter knows nothing of this installation, and a checkout's folder can have any name.
+        (Path(path_entry) / "polylepis").symlink_to(Path(__file__).resolve().parents[1])
+        environment = {**os.environ, "PYTHONPATH": path_entry}
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=_SECONDS)
+        except subprocess.TimeoutExpired:
+            return {"error": f"no result within {_SECONDS} s"}
     if done.returncode == 0:
         return json.loads(done.stdout.splitlines()[-1])
     lines = done.stderr.strip().splitlines()
