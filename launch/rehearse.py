@@ -125,7 +125,7 @@ def small_mesh(mesh: Any, limit: int) -> Any:
             break
         sizes[axis] = 1
     ep = math.gcd(capped.ep, sizes["dp_shard"] * sizes["cp"])
-    return MeshConfig(**sizes, ep=ep)
+    return MeshConfig(**sizes, ep=ep, ep_spare=capped.ep_spare if ep > 1 else 0)
 
 
 def small_run(config: Any, world: int, limit: int) -> None:

@@ -154,7 +154,7 @@ class ModelConfig:
         if mesh.ep > 1 and not layers:
             raise PlanError(f"mesh: ep {mesh.ep}, but the pattern {self.pattern} has no expert layer E")
         for layer in layers:
-            check_experts(layer, mesh.ep)
+            check_experts(layer, mesh.ep, mesh.ep_spare)
 
 
 def norm_part(width: int) -> Part:

@@ -107,12 +107,12 @@ def stages_of(config: RunConfig, pp: int) -> tuple[Stage, ...]:
     Raises:
         PlanError: see `cut_stages`.
     """
-    data, mesh = config.data, replace(config.mesh, dp_shard=1, dp_replicate=1, ep=1)
+    data, mesh = config.data, replace(config.mesh, dp_shard=1, dp_replicate=1, ep=1, ep_spare=0)
     itemsize, keys = config.train.compute_dtype.itemsize, (data.seq_len + 1) / 2
     setting = Setting(mesh, data.micro_batch * data.seq_len, keys, itemsize, context=config.context)
     if config.train.loads:
         loads, by_load = read_loads(Path(config.train.loads), config.model), config.train.placement == "load"
-        setting = replace(setting, busiest=busiest_ranks(loads, config.mesh.ep, by_load))
+        setting = replace(setting, busiest=busiest_ranks(loads, config.mesh, by_load))
     costs = layer_seconds(config.model, setting, Roofline(DEVICES["h100"]))
     return cut_stages(config.model, config.pipeline, pp, costs)
 
@@ -172,6 +172,11 @@ def check_all(config: RunConfig, world_size: int) -> None:
     """Everything that can be known before a process starts: sizes, data, plan, folder."""
     check_run(config, world_size)
     mesh = config.mesh.resolve(world_size)
+    if mesh.ep_spare and config.train.placement == "dealt":
+        raise ConfigError(
+            f"mesh.ep_spare: {mesh.ep_spare} spare slots on each rank for copies of experts with many tokens, but "
+            "train.placement: dealt does not look for those; accepted: ep_spare 0, or placement load"
+        )
     Stream(open_data(config), config.data, dp_rank=0, dp_size=mesh.dp_replicate * mesh.dp_shard)
     check_folder(config)
 

@@ -124,7 +124,7 @@ def setting_of(config: RunConfig, timing: Timing, assumptions: Assumptions | Non
         context=config.context,
         recompute=config.recompute,
         modalities=len(config.model.modalities),
-        busiest=busiest_ranks(assumptions.loads, config.mesh.ep, config.train.placement == "load"),
+        busiest=busiest_ranks(assumptions.loads, config.mesh, config.train.placement == "load"),
     )
 
 
@@ -293,7 +293,7 @@ def parameter_shard(parts: Iterable[Part], mesh: MeshConfig) -> tuple[int, int]:
     """Elements and tensors of these parts on the first FSDP rank."""
     ranks, numel, tensors = mesh.dp_shard * mesh.cp, 0, 0
     for part in parts:
-        numel += sharded_numel(part, mesh.tp, ranks)
+        numel += sharded_numel(part, mesh.tp, ranks, mesh.ep, mesh.ep_spare)
         tensors += len(part.entries) if part.entries and len(part.shape) == 1 else 1
     return numel, tensors
 
