@@ -124,7 +124,7 @@ def place_by_load(engine: Engine) -> None:
     assert isinstance(engine.optimizer, torch.optim.Optimizer), "checked before start"
     placements = {}
     for index, layer in expert_layers(engine).items():
-        loads = layer.expert_load_mean.sum(dim=0).tolist()
+        loads = layer.expert_load_mean.double().sum(dim=0).tolist()
         if any(loads):
             placements[index] = place_experts(loads, len(layer.slots), engine.mesh.ep_size)
     replace_experts(engine.models, engine.optimizer, placements)

@@ -16,6 +16,7 @@ from ..data.dataset import Dataset
 from ..data.deal import Deal
 from ..data.stream import Stream
 from ..parallel.context import cut_tokens
+from ..parallel.mesh import MeshConfig
 from ..parallel.pipeline.config import check_split_backward, cut_stages
 from ..parallel.pipeline.cost import Roofline, Setting, layer_seconds
 from ..parallel.pipeline.devices import DEVICES
@@ -54,6 +55,7 @@ def check_run(config: RunConfig, world_size: int) -> None:
         raise ConfigError(f"train.steps: must be at least 1, not {config.train.steps}")
     config.train.keep_rules()
     check_placement(config)
+    check_overlap(config, mesh)
     config.model.check_context(mesh, config.context)
     config.model.check_experts(mesh)
     cut_tokens(config.data.micro_batch * config.data.seq_len, mesh.cp, mesh.tp, config.context.order)
@@ -95,6 +97,41 @@ def check_placement(config: RunConfig) -> None:
         raise ConfigError(
             "train.placement: load does not go with train.local_folder: local parts name the experts that lay on a "
             "rank; accepted: placement dealt, or no local_folder"
+        )
+
+
+def check_overlap(config: RunConfig, mesh: MeshConfig) -> None:
+    """Refuse `train.overlap_dispatch` where there is nothing to overlap, or somebody else orders the micro-batches.
+
+    Args:
+        mesh: resolved.
+
+    Raises:
+        ConfigError: with the numbers.
+    """
+    if not config.train.overlap_dispatch:
+        return
+    refused = "train.overlap_dispatch:"
+    if config.engine == "deepspeed":
+        raise ConfigError(f"{refused} needs engine: fsdp2, not deepspeed")
+    if mesh.ep == 1:
+        raise ConfigError(f"{refused} with mesh.ep 1 no rows travel; accepted: false, or ep ≥ 2")
+    if mesh.pp > 1:
+        raise ConfigError(
+            f"{refused} with mesh.pp {mesh.pp} the pipeline's schedule gives a stage one micro-batch at a time; "
+            "accepted: false, or pp 1"
+        )
+    if config.recompute.moe != "none":
+        raise ConfigError(
+            f"{refused} with recompute.moe {config.recompute.moe} the backward would repeat an expert layer together "
+            "with the other micro-batch's layers inside it; accepted: recompute.moe none, whatever the other kinds do"
+        )
+    dp = mesh.dp_replicate * mesh.dp_shard
+    rows, at_once = config.data.global_batch // dp, config.data.micro_batch
+    if rows < 2 * at_once:
+        raise ConfigError(
+            f"{refused} needs two micro-batches on each rank, but data.global_batch {config.data.global_batch} over dp "
+            f"{dp} is {rows} rows, and data.micro_batch is {at_once}; accepted: global_batch ≥ {2 * at_once * dp}"
         )
 
 

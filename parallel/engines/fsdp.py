@@ -13,7 +13,7 @@ from types import MappingProxyType
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 
 from ..errors import PlanError
@@ -164,20 +164,37 @@ def scale_gradients(parameters: Iterable[nn.Parameter], factor: float) -> None:
 
 
 class FSDPEngine:
-    """One sharded model on this rank, its micro-batches one after another. See `Engine`."""
+    """One sharded model on this rank, its micro-batches one after another, or two at once. See `Engine`."""
 
-    def __init__(self, model: HybridModel, optimizer: torch.optim.Optimizer, objective: Objective) -> None:
+    def __init__(
+        self, model: HybridModel, optimizer: torch.optim.Optimizer, objective: Objective, in_pairs: bool = False
+    ) -> None:
+        """
+        Args:
+            in_pairs: two micro-batches pass the model at once, so that dispatch of one overlaps computation of the
+                other (`HybridModel.forward_pair`); the last of an odd number passes alone.
+        """
         self.mesh, self.optimizer, self._objective = model.mesh, optimizer, objective
         self.models: tuple[HybridModel, ...] = (model,)
+        self.in_pairs = in_pairs
+        if in_pairs:
+            register_fsdp_forward_method(model, "forward_pair")
 
     def accumulate(self, batches: Sequence[Batch], total_weight: float) -> Tensor:
         (model,) = self.models
         sums = torch.zeros(len(model.config.modalities), device=self.mesh.device)
-        for batch in batches:
-            prepared = self._objective.prepare(batch, self.mesh, len(sums), total_weight)
-            output = prepared.finish(model(prepared.tokens, prepared.layout, prepared.labels))
-            output.loss.backward()
-            sums += output.sums
+        at_once = 2 if self.in_pairs else 1
+        for first in range(0, len(batches), at_once):
+            ready = [
+                self._objective.prepare(batch, self.mesh, len(sums), total_weight)
+                for batch in batches[first : first + at_once]
+            ]
+            inputs = [(prepared.tokens, prepared.layout, prepared.labels) for prepared in ready]
+            results = [model(*inputs[0])] if len(inputs) == 1 else model.forward_pair(*zip(*inputs, strict=True))
+            outputs = [prepared.finish(ce_T) for prepared, ce_T in zip(ready, results, strict=True)]
+            torch.stack([output.loss for output in outputs]).sum().backward()
+            for output in outputs:
+                sums += output.sums
         sum_replicas(self.models)
         return sums
 

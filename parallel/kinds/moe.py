@@ -8,7 +8,7 @@ at tp 1, where expert layers are usually trained, they are one.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -41,6 +41,7 @@ from .moe_router import (
     within_capacity,
 )
 
+Meanwhile = tuple[Callable[[], None] | None, Callable[[], None] | None]
 LOAD_MEMORY = 0.95
 """What a step leaves of the average of the loads before it: about the last twenty count."""
 
@@ -153,7 +154,8 @@ class MoE(Mixer):
         self.chosen: Tensor | None = None
         self.flips = 0
 
-    def forward(self, h_TD: Tensor, layout: Layout) -> Tensor:
+    def forward(self, h_TD: Tensor, layout: Layout, meanwhile: Meanwhile = (None, None)) -> Tensor:
+        """[T, D] → [T, D]; `meanwhile` is called while rows are on their way to the experts, and on their way back."""
         logits, scores, chosen = self._choose(h_TD, layout.modality.ids)
         weights = weigh(scores, chosen, self.config)
         real = (layout.seq_idx[0] >= 0).to(scores.dtype)
@@ -164,7 +166,7 @@ class MoE(Mixer):
             terms = self._terms(logits, scores, counts_RME, layout, real)
             weights = self._joined(weights, logits, terms, counts_RME, layout)
         self.chosen = chosen if taken is None else torch.where(taken, chosen, ~chosen)
-        return self._mix(h_TD, chosen, weights, layout.modality, taken)
+        return self._mix(h_TD, chosen, weights, layout.modality, taken, meanwhile)
 
     def extend(self, h_bsD: Tensor, new: NewTokens, cache: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         h_TD = flat(h_bsD)
@@ -273,7 +275,15 @@ class MoE(Mixer):
         scale = 0.0 if layout.total_weight is None else 1.0 / (layout.total_weight * self.mesh.tp_size)
         return join(weights, total, scale, count)
 
-    def _mix(self, h_TD: Tensor, chosen: Tensor, weights: Tensor, modality: Route, taken: Tensor | None) -> Tensor:
+    def _mix(
+        self,
+        h_TD: Tensor,
+        chosen: Tensor,
+        weights: Tensor,
+        modality: Route,
+        taken: Tensor | None,
+        meanwhile: Meanwhile = (None, None),
+    ) -> Tensor:
         """Σ of the weighted experts and the shared one [T, D], the shared one computed while the rows travel."""
         n_tokens, top_k = chosen.shape
         ids, places = chosen.reshape(-1), None
@@ -290,10 +300,14 @@ class MoE(Mixer):
         hidden = self._activate(
             project(h_TD, [getattr(self.shared, n).weight for n in self.config.projections], modality)
         )
+        if meanwhile[0] is not None:
+            meanwhile[0]()
         rows = by_entry(there.arrive(), plan)
         inner = self._activate([getattr(self, name)(rows, plan.counts) for name in self.config.projections])
         back = send_back(self.down_proj(inner, plan.counts), plan)
         shared = packed_linear(hidden, [self.shared.down_proj.weight], modality)
+        if meanwhile[1] is not None:
+            meanwhile[1]()
         out = back.arrive()[plan.route.inverse]
         if places is not None:
             out = out.new_zeros(n_tokens * top_k, out.shape[1]).index_copy(0, places, out)

@@ -22,6 +22,7 @@ from ...parallel.pipeline.cost import (
     sharded_numel,
 )
 from ...parallel.pipeline.devices import collective_seconds
+from ...parallel.pipeline.lanes import overlapped
 from ...parallel.pipeline.schedule import Schedule, build_schedule, peak_in_flight, stage_rank
 from ...parallel.pipeline.simulate import StageTime, Timeline, simulate
 from ...parallel.pipeline.stage import Stage, whole_model
@@ -223,7 +224,9 @@ def price(
     n = len(model.symbols)
     stages: tuple[Stage, ...] = (whole_model(n),)
     name, chunks = "1f1b", 1
-    layers = layer_costs(model, setting, timing)
+    layers, at_once = layer_costs(model, setting, timing), 1
+    if config.train.overlap_dispatch:
+        layers, at_once = overlapped([symbol == "E" for symbol in model.symbols], layers), 2
     if mesh.pp > 1:
         check_split_backward(model, config.pipeline, config.recompute)
         name, chunks = config.pipeline.schedule, config.pipeline.chunks_per_rank
@@ -236,7 +239,7 @@ def price(
     costs = [[layers[index] for index in stage.layers] for stage in stages]
     ends = [end_cost(model, stage, setting, timing) for stage in stages]
     limit = timing.device.memory if memory_limit is None else memory_limit
-    held = [end.saved + sum(cost.saved for cost in group) for group, end in zip(costs, ends, strict=True)]
+    held = [at_once * (end.saved + sum(c.saved for c in group)) for group, end in zip(costs, ends, strict=True)]
     numels = _shards(model, stages, mesh)
     memory = tuple(
         _memory(config, schedule, rank, (costs, ends, held), numels, setting, RESERVE * limit)
