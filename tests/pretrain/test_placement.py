@@ -16,6 +16,7 @@ from polylepis.parallel.mesh import MeshConfig, build_mesh
 from polylepis.parallel.pipeline.cost import Roofline
 from polylepis.parallel.pipeline.devices import find_device
 from polylepis.parallel.placement import busiest, place_experts
+from polylepis.parallel.recompute import RecomputeConfig
 from polylepis.pretrain import train as train_module
 from polylepis.pretrain.config import RunConfig, load_config
 from polylepis.pretrain.errors import ConfigError
@@ -26,7 +27,7 @@ from polylepis.pretrain.optim import OptimConfig, build_optimizer
 from polylepis.pretrain.plan.estimate import Assumptions, estimate, price
 from polylepis.pretrain.plan.loads import busiest_ranks, modality_pressure, read_loads
 from polylepis.pretrain.plan.search import candidates
-from polylepis.pretrain.prepare import check_placement, stages_of
+from polylepis.pretrain.prepare import check_all, check_overlap, check_placement, stages_of
 from polylepis.pretrain.shrink import shrink
 from ranks import run_ranks
 from toys import toy, toy_batch
@@ -105,17 +106,6 @@ def test_placement_evens_out_a_skewed_router() -> None:
         assert first > 1.3 and max(later) < 1 + 0.5 * (first - 1), (first, later)
 
 
-def test_a_resumed_run_has_the_same_bits(runs: Path) -> None:
-    run_ranks(2, train_module.train, small(runs / "again", placement="load", steps=2))
-    run_ranks(2, train_module.train, small(runs / "again", placement="load"))
-    ends = [read_tensors(runs / name / "checkpoints/step-00000004", "") for name in ("placed", "again")]
-    moments = [
-        read_tensors(runs / name / "checkpoints/step-00000004", "optimizer.exp_avg.") for name in ("placed", "again")
-    ]
-    for a, b in (ends, moments):
-        assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
-
-
 def test_loads_of_a_run_reach_predictions(runs: Path) -> None:
     config = small(runs / "other")
     loads = read_loads(runs / "dealt", config.model)
@@ -187,3 +177,90 @@ def test_refusals(runs: Path, tmp_path: Path) -> None:
         config, mesh=MeshConfig(dp_shard=2, pp=2, ep=2), train=replace(config.train, loads=str(runs / "dealt"))
     )
     assert len(stages_of(cut, 2)) == 2
+
+
+def partitioned(folder: Path, mesh: MeshConfig, top_k: int, text: int, **train: Any) -> RunConfig:
+    """A run whose modalities have experts of their own, so that loads stay as uneven as the mixture is."""
+    config = small(folder, **({"placement": "load", "steps": 6} | train))
+    shares = {"text": text, "image": 3, "voice": 5 - text, "shared": 0}
+    moe = replace(config.model.moe, partition=shares, top_k=top_k, bias_update_rate=0.0)
+    return replace(
+        config,
+        mesh=mesh,
+        model=replace(config.model, moe=moe),
+        data=replace(config.data, global_batch=8),
+        train=replace(config.train, checkpoint_every=3),
+    )
+
+
+def worst(config: RunConfig) -> list[float]:
+    """By step, tokens of the busiest ep rank over the mean, of the worse of two layers."""
+    return [max(line["expert_rank_max"]) for line in read_metrics(config.path)]
+
+
+def test_a_run_evens_out_its_ranks_by_its_own_loads_and_resumes(tmp_path: Path) -> None:
+    """Placed after step 3 by the average of its loads so far; with a spare slot it also resumes with the same bits."""
+    spare = replace(EP2, ep_spare=1)
+    moved = partitioned(tmp_path / "moved", EP2, 2, 2)
+    whole, again = (partitioned(tmp_path / name, spare, 2, 2) for name in ("whole", "again"))
+    for config in (moved, whole, replace(again, train=replace(again.train, steps=3)), again):
+        run_ranks(2, train_module.train, config)
+    seen = worst(moved)
+    assert min(seen[:3]) > 1.15 and max(seen[3:]) < 1 + 0.5 * (min(seen[:3]) - 1), seen
+    assert [a["loss"] for a in read_metrics(whole.path)] == pytest.approx([a["loss"] for a in read_metrics(moved.path)])
+    for prefix in ("", "optimizer."):
+        ends = [read_tensors(c.checkpoints / "step-00000006", prefix) for c in (whole, again, moved)]
+        assert ends[0].keys() == ends[1].keys() == ends[2].keys()  # replicas leave no trace in a checkpoint
+        assert [key for key, value in ends[0].items() if not torch.equal(value, ends[1][key])] == []
+
+
+@pytest.mark.full
+def test_replicas_even_out_what_moving_cannot(tmp_path: Path) -> None:
+    """Over four ranks one expert has all text, more than a rank's share: only its copies can share it."""
+    alone, copied = (MeshConfig(dp_shard=4, ep=4, ep_spare=spare) for spare in (0, 1))
+    moved, replicated = partitioned(tmp_path / "a", alone, 1, 1), partitioned(tmp_path / "b", copied, 1, 1)
+    for config in (moved, replicated):
+        run_ranks(4, train_module.train, config)
+    before, after = worst(moved)[3:], worst(replicated)[3:]
+    assert min(before) > 1.2 and max(after) < 1 + 0.5 * (min(before) - 1), (before, after)
+    losses = [[line["loss"] for line in read_metrics(config.path)] for config in (moved, replicated)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+def test_overlap_and_spare_slots_are_refused_where_they_cannot_be(tmp_path: Path) -> None:
+    config = small(tmp_path, overlap_dispatch=True)
+
+    def refused(message: str, mesh: MeshConfig = EP2, **changes: Any) -> None:
+        with pytest.raises(ConfigError, match=message):
+            check_overlap(replace(config, **changes), mesh)
+
+    check_overlap(config, EP2)
+    refused("needs engine: fsdp2", engine="deepspeed")
+    refused("with mesh.ep 1 no rows travel", MeshConfig(dp_shard=2))
+    refused("with mesh.pp 2 the pipeline's schedule", MeshConfig(dp_shard=2, pp=2, ep=2))
+    refused("recompute.moe full the backward would repeat", recompute=RecomputeConfig(moe="full"))
+    refused(
+        r"global_batch 2 over dp 2 is 1 rows, and data.micro_batch is 1; accepted: global_batch ≥ 4",
+        data=replace(config.data, global_batch=2),
+    )
+    plain = replace(small(tmp_path / "x"), mesh=replace(EP2, ep_spare=1))
+    with pytest.raises(ConfigError, match=r"ep_spare: 1 spare slots .* accepted: ep_spare 0, or placement load"):
+        check_all(plain, 2)
+
+
+def test_the_plan_sees_spare_slots_and_overlap() -> None:
+    config = load_config("hybrid-moe-30b-a3b")
+    config = replace(config, mesh=MeshConfig(dp_shard=64, ep=8), data=replace(config.data, global_batch=128))
+    timing = Roofline(find_device("h100"))
+
+    def found(**changes: Any) -> Any:
+        return price(replace(config, **changes), timing, 1e15)
+
+    plain, spare = found(), found(mesh=replace(config.mesh, ep_spare=2))
+    # Two slots more than 16 on each of 8 ranks: an eighth more of the experts' parameters.
+    experts = 128 * 2 * 1856 * 2688 * 23
+    assert spare.memory[0].parameters - plain.memory[0].parameters == pytest.approx(4 * experts / 8 / 64)
+    overlapped = found(train=replace(config.train, overlap_dispatch=True))
+    assert 0 <= overlapped.parts["expert parallel"] < 0.5 * plain.parts["expert parallel"]
+    assert overlapped.parts["computation"] == pytest.approx(plain.parts["computation"])
+    assert overlapped.memory[0].activations > 1.9 * plain.memory[0].activations
