@@ -22,6 +22,7 @@ from ...parallel.pipeline.cost import (
     sharded_numel,
 )
 from ...parallel.pipeline.devices import collective_seconds
+from ...parallel.pipeline.lanes import overlapped
 from ...parallel.pipeline.schedule import Schedule, build_schedule, peak_in_flight, receive_buffers, stage_rank
 from ...parallel.pipeline.simulate import StageTime, Timeline, simulate
 from ...parallel.pipeline.stage import Stage, whole_model
@@ -126,7 +127,7 @@ def setting_of(config: RunConfig, timing: Timing, assumptions: Assumptions | Non
         context=config.context,
         recompute=config.recompute,
         modalities=len(config.model.modalities),
-        busiest=busiest_ranks(assumptions.loads, config.mesh.ep, config.train.placement == "load"),
+        busiest=busiest_ranks(assumptions.loads, config.mesh, config.train.placement == "load"),
     )
 
 
@@ -226,7 +227,9 @@ def price(
     n = len(model.symbols)
     stages: tuple[Stage, ...] = (whole_model(n),)
     name, chunks = "1f1b", 1
-    layers = layer_costs(model, setting, timing)
+    layers, at_once = layer_costs(model, setting, timing), 1
+    if config.train.overlap_dispatch:
+        layers, at_once = overlapped([symbol == "E" for symbol in model.symbols], layers), 2
     if mesh.pp > 1:
         check_split_backward(model, config.pipeline, config.recompute)
         name, chunks = config.pipeline.schedule, config.pipeline.chunks_per_rank
@@ -239,7 +242,7 @@ def price(
     costs = [[layers[index] for index in stage.layers] for stage in stages]
     ends = [end_cost(model, stage, setting, timing) for stage in stages]
     limit = timing.device.memory if memory_limit is None else memory_limit
-    held = [end.saved + sum(cost.saved for cost in group) for group, end in zip(costs, ends, strict=True)]
+    held = [at_once * (end.saved + sum(c.saved for c in group)) for group, end in zip(costs, ends, strict=True)]
     numels = _shards(model, stages, mesh)
     memory = tuple(
         _memory(config, schedule, rank, (costs, ends, held), numels, setting, RESERVE * limit)
@@ -302,7 +305,7 @@ def parameter_shard(parts: Iterable[Part], mesh: MeshConfig) -> tuple[int, int]:
     """Elements and tensors of these parts on the first FSDP rank."""
     ranks, numel, tensors = mesh.dp_shard * mesh.cp, 0, 0
     for part in parts:
-        numel += sharded_numel(part, mesh.tp, ranks)
+        numel += sharded_numel(part, mesh.tp, ranks, mesh.ep, mesh.ep_spare)
         tensors += len(part.entries) if part.entries and len(part.shape) == 1 else 1
     return numel, tensors
 
