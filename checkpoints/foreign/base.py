@@ -14,7 +14,7 @@ from ..errors import CheckpointError
 from ..transforms import Source
 
 SUPPORTED = (
-    "Mamba2ForCausalLM, NemotronHForCausalLM, GraniteMoeHybridForCausalLM (dense), PolylepisForCausalLM, "
+    "Mamba2ForCausalLM, NemotronHForCausalLM, GraniteMoeHybridForCausalLM, PolylepisForCausalLM, "
     "state-spaces/mamba2 and Megatron-LM hybrids"
 )
 

@@ -92,6 +92,15 @@ GRANITE = {
     "rope_theta": 500.0,
     "tie_word_embeddings": True,
 }
+EXPERTS = MoEConfig(6, 2, d_ff=8, d_ff_shared=12, activation="swiglu", router="softmax", bias_update_rate=0.0)
+GRANITE_EXPERTS = GRANITE | {
+    "num_local_experts": 5,
+    "num_experts_per_tok": 2,
+    "intermediate_size": 16,
+    "attention_multiplier": 0.3,
+    "residual_multiplier": 0.25,
+}
+FOREIGN = {"nemotron_h": NEMOTRON, "mamba2": MAMBA2, "granite": GRANITE, "granite with experts": GRANITE_EXPERTS}
 
 
 def theirs(values: dict[str, Any], folder: Path, dtype: torch.dtype = torch.float32) -> Any:
@@ -117,8 +126,9 @@ def call(*arguments: str | Path) -> Result:
     return CliRunner().invoke(convert, [str(a) for a in arguments])
 
 
-@pytest.mark.parametrize("values", [NEMOTRON, MAMBA2, GRANITE], ids=lambda v: v["model_type"])
-def test_we_compute_what_transformers_computes(values: dict[str, Any], tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", FOREIGN)
+def test_we_compute_what_transformers_computes(name: str, tmp_path: Path) -> None:
+    values = FOREIGN[name]
     model = theirs(values, tmp_path / "theirs")
     foreign = hf.read(tmp_path / "theirs")
     tokens = torch.randint(0, values["vocab_size"], (21,), generator=torch.Generator().manual_seed(1))
@@ -130,9 +140,10 @@ def test_we_compute_what_transformers_computes(values: dict[str, Any], tmp_path:
     assert bool(foreign.notes) == (values is not NEMOTRON)
 
 
-@pytest.mark.parametrize("values", [NEMOTRON, MAMBA2, GRANITE], ids=lambda v: v["model_type"])
-def test_folders_with_other_names_are_read_too(values: dict[str, Any], tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", FOREIGN)
+def test_folders_with_other_names_are_read_too(name: str, tmp_path: Path) -> None:
     """`model.` for `backbone.`, experts stacked as in memory, one pickled file."""
+    values = FOREIGN[name]
     model = theirs(values, tmp_path / "theirs")
     expected = in_memory(hf.read(tmp_path / "theirs").tensors)
     other = tmp_path / "other"
@@ -141,6 +152,8 @@ def test_folders_with_other_names_are_read_too(values: dict[str, Any], tmp_path:
     state = model.state_dict()
     if values["model_type"] == "nemotron_h":
         assert "model.layers.5.mixer.experts.up_proj" in state
+    if values is GRANITE_EXPERTS:
+        assert "model.layers.2.block_sparse_moe.experts.gate_up_proj" in state
     if values.get("tie_word_embeddings"):
         del state["lm_head.weight"]
     torch.save(state, other / "pytorch_model.bin")
@@ -164,8 +177,12 @@ def sharded(run: str, config: ModelConfig, mesh: MeshConfig) -> None:
         (toy("M*-ME", ALL_ROUTED), MeshConfig(dp_shard=2)),
         (toy("MM", (), modalities=("text",), vocab_size=48), MeshConfig(dp_shard=2)),
         (toy("M-*-", (), modalities=("text",), mlp=MLPConfig(20, "swiglu")), MeshConfig(dp_shard=1, tp=2)),
+        (
+            toy("ME*E", (), modalities=("text",), moe=EXPERTS),
+            MeshConfig(dp_shard=2, ep=2),
+        ),
     ],
-    ids=["nemotron_h tp2", "polylepis fsdp2", "mamba2 fsdp2", "granite tp2"],
+    ids=["nemotron_h tp2", "polylepis fsdp2", "mamba2 fsdp2", "granite tp2", "granite experts ep2"],
 )
 @pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.full)])
 def test_import_shard_export_is_the_same_bits(
@@ -294,6 +311,25 @@ PUBLISHED = {
         "state_size": 128,
         "chunk_size": 256,
     },
+    "granite-4.0-h-tiny": {  # four of its forty layers
+        "model_type": "granitemoehybrid",
+        "vocab_size": 100352,
+        "hidden_size": 1536,
+        "num_hidden_layers": 4,
+        "layer_types": ["mamba", "mamba", "attention", "mamba"],
+        "num_attention_heads": 12,
+        "num_key_value_heads": 4,
+        "shared_intermediate_size": 1024,
+        "intermediate_size": 512,
+        "num_local_experts": 64,
+        "num_experts_per_tok": 6,
+        "mamba_n_heads": 48,
+        "mamba_d_head": 64,
+        "mamba_n_groups": 1,
+        "mamba_d_state": 128,
+        "attention_multiplier": 0.0078125,
+        "position_embedding_type": "nope",
+    },
     "granite-4.0-h-micro": {
         "model_type": "granitemoehybrid",
         "vocab_size": 100352,
@@ -314,6 +350,11 @@ PUBLISHED = {
         "position_embedding_type": "nope",
     },
 }
+GRANITE_NAMES = (
+    ("router.weight", "router.layer.weight"),
+    ("experts.gate_up_proj", "input_linear.weight"),
+    ("experts.down_proj", "output_linear.weight"),
+)
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -333,6 +374,8 @@ def test_names_are_those_of_the_real_class(name: str) -> None:
                 stem, leaf = key.rsplit(".", 1)
                 expected |= {f"{stem}.{j}.{leaf}.weight": tuple(tensor.shape[1:]) for j in range(tensor.shape[0])}
                 continue
+        for memory, disk in GRANITE_NAMES:
+            key = key.replace(f"block_sparse_moe.{memory}", f"block_sparse_moe.{disk}")
         expected[key] = tuple(tensor.shape)
     assert hf.expected_names(values) == expected
 
