@@ -427,8 +427,13 @@ class Place(Map):
         return result
 
     def inverse(self) -> Map | None:
-        """Takes the rows back, if none was left out."""
-        if sum(n for _, _, n in self.runs) != self.before:
+        """Takes the rows back, if none was left out or copied twice."""
+        last = 0
+        for first, _, n in sorted(self.runs):
+            if first != last:
+                return None
+            last += n
+        if last != self.before:
             return None
         back = tuple((new, old, n) for old, new, n in self.runs)
         return Place(self.after, self.before, back, axis=self.axis)

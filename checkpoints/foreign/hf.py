@@ -68,7 +68,15 @@ def read(folder: Path) -> Foreign:
         tuple(notes),
         f"{(values.get('architectures') or [kind])[0]}, {folder.name}",
         values.get("vocabulary"),
+        (_token(values, "pad"), _token(values, "bos"), _token(values, "eos")),
     )
+
+
+def _token(values: Mapping[str, Any], name: str) -> int | None:
+    """One of the special ids; of several the first."""
+    found = values.get(f"{name}_token_id")
+    found = found[0] if isinstance(found, list) and found else found
+    return found if isinstance(found, int) else None
 
 
 def open_weights(folder: Path) -> Source:
