@@ -18,7 +18,7 @@ from ...parallel.kinds.moe import MoEConfig
 from ...parallel.model import ModelConfig, config_from_mapping
 from ...parallel.pattern import parse_pattern
 from ..errors import CheckpointError
-from ..hf.layout import exported_shapes, imported
+from ..hf.layout import imported
 from ..hf.targets import Target
 from ..maps import Each, Fan, Scale, Unstack
 from ..sources import Safetensors, TorchFile
@@ -44,17 +44,11 @@ def read(folder: Path) -> Foreign:
     """
     values = read_json(folder / "config.json")
     settings = Settings(folder / "config.json", values)
-    readers: Mapping[Any, Callable[[Settings, Source], Understood]] = {
-        "mamba2": _mamba2,
-        "nemotron_h": _nemotron_h,
-        "granitemoehybrid": _granite,
-        "polylepis": _polylepis,
-    }
     kind = values.get("model_type")
-    if kind not in readers:
+    if kind not in READERS:
         raise CheckpointError(f"{settings.where}: model_type {kind!r} is not imported; {SUPPORTED} are")
     weights = open_weights(folder)
-    config, target, rules, notes = readers[kind](settings, weights)
+    config, target, rules, notes = READERS[kind](settings, weights)
     config = checked(settings, config)
     if settings.get("tie_word_embeddings", default=False):
         tied = {"granite": "model.embed_tokens.weight"}.get(target, "backbone.embeddings.weight")
@@ -345,9 +339,16 @@ def _polylepis(settings: Settings, weights: Source) -> Understood:
     return config, "polylepis", [], []
 
 
-def expected_names(folder_config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Names and shapes on disk of the model that a `config.json` describes; reads no weights."""
+def described(folder_config: Mapping[str, Any]) -> tuple[ModelConfig, Target]:
+    """The model that a `config.json` describes, and the layout of its files; reads no weights."""
     settings = Settings("config.json", folder_config)
-    readers = {"mamba2": _mamba2, "nemotron_h": _nemotron_h, "granitemoehybrid": _granite, "polylepis": _polylepis}
-    config, target, _, _ = readers[folder_config["model_type"]](settings, TorchFile({}))
-    return exported_shapes(config, target)
+    config, target, _, _ = READERS[folder_config["model_type"]](settings, TorchFile({}))
+    return config, target
+
+
+READERS: Mapping[Any, Callable[[Settings, Source], Understood]] = {
+    "mamba2": _mamba2,
+    "nemotron_h": _nemotron_h,
+    "granitemoehybrid": _granite,
+    "polylepis": _polylepis,
+}

@@ -17,7 +17,9 @@ from polylepis.checkpoints.errors import CheckpointError
 from polylepis.checkpoints.foreign import hf, mamba_ssm
 from polylepis.checkpoints.foreign.base import vocab_multiple
 from polylepis.checkpoints.hf.export import export
+from polylepis.checkpoints.hf.layout import exported_shapes
 from polylepis.checkpoints.hf.reference import fresh_tensors, reference_logits
+from polylepis.checkpoints.hf.targets import Target, config_json
 from polylepis.checkpoints.manifest import newest_checkpoint
 from polylepis.checkpoints.sharded import load_checkpoint, save_checkpoint
 from polylepis.checkpoints.sources import Distributed
@@ -27,6 +29,7 @@ from polylepis.parallel.kinds.mlp import MLPConfig
 from polylepis.parallel.kinds.moe import MoEConfig
 from polylepis.parallel.mesh import MeshConfig, build_mesh
 from polylepis.parallel.model import ModelConfig, config_from_mapping
+from polylepis.pretrain.config import load_config
 from ranks import run_ranks
 from toys import ALL_ROUTED, toy
 
@@ -357,6 +360,22 @@ GRANITE_NAMES = (
 )
 
 
+def names_on_disk(model: Any, kind: str) -> dict[str, tuple[int, ...]]:
+    """Shapes by the names that a class's tensors have in files, which are older than those in memory."""
+    result: dict[str, tuple[int, ...]] = {}
+    for key, tensor in model.state_dict().items():
+        if kind == "nemotron_h":
+            key = key.replace("model.", "backbone.", 1)
+            if key.endswith((".experts.up_proj", ".experts.down_proj")):
+                stem, leaf = key.rsplit(".", 1)
+                result |= {f"{stem}.{j}.{leaf}.weight": tuple(tensor.shape[1:]) for j in range(tensor.shape[0])}
+                continue
+        for memory, disk in GRANITE_NAMES:
+            key = key.replace(f"block_sparse_moe.{memory}", f"block_sparse_moe.{disk}")
+        result[key] = tuple(tensor.shape)
+    return result
+
+
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_names_are_those_of_the_real_class(name: str) -> None:
     """Every expected key present, none extra, shapes equal; on the meta device, no weights."""
@@ -366,18 +385,32 @@ def test_names_are_those_of_the_real_class(name: str) -> None:
     rest = {key: value for key, value in values.items() if key != "model_type"}
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(values["model_type"], **rest))
-    expected: dict[str, tuple[int, ...]] = {}
-    for key, tensor in model.state_dict().items():  # to the names on disk
-        if values["model_type"] == "nemotron_h":
-            key = key.replace("model.", "backbone.", 1)
-            if key.endswith((".experts.up_proj", ".experts.down_proj")):
-                stem, leaf = key.rsplit(".", 1)
-                expected |= {f"{stem}.{j}.{leaf}.weight": tuple(tensor.shape[1:]) for j in range(tensor.shape[0])}
-                continue
-        for memory, disk in GRANITE_NAMES:
-            key = key.replace(f"block_sparse_moe.{memory}", f"block_sparse_moe.{disk}")
-        expected[key] = tuple(tensor.shape)
-    assert hf.expected_names(values) == expected
+    config, target = hf.described(values)
+    assert exported_shapes(config, target) == names_on_disk(model, values["model_type"])
+
+
+PUBLISHED_OURS = [*PUBLISHED, "mixture-of-mamba-1.5b"]
+
+
+@pytest.mark.parametrize("name", PUBLISHED_OURS)
+def test_an_export_has_the_names_of_the_class_that_its_config_makes(name: str) -> None:
+    """`config.json` as written → the real class on the meta device: its keys, none extra, none absent."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from polylepis.checkpoints.hf.register import register
+
+    register()
+    target: Target = "polylepis"
+    if name in PUBLISHED:
+        config, target = hf.described(PUBLISHED[name])
+    else:
+        config = load_config(name).model
+    values = config_json(config, target, None, torch.bfloat16, 4096)
+    rest = {key: value for key, value in values.items() if key != "model_type"}
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(values["model_type"], **rest))
+    assert type(model).__name__ == values["architectures"][0]
+    assert names_on_disk(model, values["model_type"]) == exported_shapes(config, target)
 
 
 @pytest.mark.parametrize(

@@ -361,7 +361,7 @@ def test_what_cannot_be_imported_is_refused(changes: dict[str, Any], message: st
 
 
 def regroup(folder: Path, pp: int, virtual: int, **changes: Any) -> None:
-    """Stage v·pp + p of a pickled checkpoint becomes `model{v}` of pipeline rank p, as Megatron's interleaving has it."""
+    """Stage v·pp + p of a pickled checkpoint becomes `model{v}` of pipeline rank p, as Megatron interleaves."""
     place = folder / "iter_0000007"
     for rank in range(2):
         opened = [
