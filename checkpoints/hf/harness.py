@@ -44,6 +44,7 @@ def evaluate_export(
         raise CheckpointError(f"{folder}: no config.json in it; export a run first: polylepis convert RUN --to hf")
     if not (folder / "tokenizer.json").is_file():
         raise CheckpointError(f"{folder}: no tokenizer.json in it, which the harness needs to read its tasks")
+    _check_options(device, batch_size, max_length, limit)
     transformers_module()
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
@@ -52,7 +53,6 @@ def evaluate_export(
         manager = import_module("lm_eval.tasks").TaskManager(include_path=None if include is None else str(include))
     except ModuleNotFoundError as error:
         raise CheckpointError(f"evaluation needs {error.name}: pip install polylepis[eval]") from error
-    _check_options(device, batch_size, max_length, limit)
     unknown = [task for task in tasks if task not in manager.all_tasks]
     if unknown:
         where = f" nor in {include}" if include else "; give the folder of your own with --include"
@@ -97,7 +97,7 @@ def _check_options(device: str, batch_size: int, max_length: int | None, limit: 
     try:
         wanted = torch.device(device)
     except RuntimeError as error:
-        raise CheckpointError(f"--device {device}: {str(error).splitlines()[0]}") from error
+        raise CheckpointError(f"--device {device}: no such device; accepted are cpu, cuda, cuda:1 and so on") from error
     devices = torch.cuda.device_count()
     if wanted.type == "cuda" and (wanted.index or 0) >= devices:
         raise CheckpointError(f"--device {device}: torch sees {devices} CUDA devices here; accepted is cpu, too")

@@ -131,7 +131,21 @@ def test_an_import_onto_a_data_set_trains_and_exports(published: Path, tmp_path:
     (tmp_path / "texts").mkdir()
     (tmp_path / "texts" / "a.txt").write_text("\n".join([TEXT] * 60))
     source, data, run = tmp_path / "texts", tmp_path / "data", tmp_path / "run"
-    assert main(["data", "encode", str(source), str(data), "--tokenizer", str(published / "tokenizer.json")]) == 0
+    assert (
+        main(
+            [
+                "data",
+                "encode",
+                str(source),
+                str(data),
+                "--max-tokens",
+                "24",
+                "--tokenizer",
+                str(published / "tokenizer.json"),
+            ]
+        )
+        == 0
+    )
     assert main(["convert", str(published), "--from", "hf", "--out", str(run), "--data", str(data)]) == 0
     changes = ["train.steps=2", "train.device=cpu", "tracking.wandb=disabled"]
     config = load_config(str(run), [*changes, "data.global_batch=2", "data.micro_batch=1", "optim.lr=1e-3"])
