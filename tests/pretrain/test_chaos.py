@@ -176,7 +176,7 @@ def test_a_disk_that_fills_up_costs_checkpoints_and_lines_but_not_the_run(small_
 @chaos
 def test_a_spike_and_a_kill_end_where_the_spike_alone_ends(tmp_path: Path) -> None:
     """Rolled back, then killed, then resumed by a process that only has the ledger and a checkpoint."""
-    health = HealthConfig(spike="act", spike_history=3, spike_window=8, snapshot_every=2, straggler="off")
+    health = HealthConfig(spike="act", spike_history=4, spike_window=8, snapshot_every=2, straggler="off")
     spike, both = tmp_path / "spike", tmp_path / "both"
     assert run_ranks(2, train_with, run_of(spike, health), Fault("spike", -1, (5,))) == ["", ""]
     config = run_of(both, health)
