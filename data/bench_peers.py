@@ -75,13 +75,13 @@ def _energon(folder: Path, members: Callable[[], Samples], work: Path) -> Callab
     (folder / ".nv-meta" / "dataset.yaml").write_text(json.dumps(crude))
 
     @dataclass
-    class Raw(energon.Sample):  # type: ignore[misc]
+    class Raw(energon.Sample):
         members: dict[str, Any]
 
     def cook(raw: dict[str, Any]) -> Raw:
         return Raw(**energon.basic_sample_keys(raw), members=raw)
 
-    class AsItIs(energon.DefaultTaskEncoder):  # type: ignore[misc]
+    class AsItIs(energon.DefaultTaskEncoder):
         decoder = None
         cookers = (energon.Cooker(energon.stateless(cook)),)
 

@@ -212,8 +212,8 @@ from polylepis.data.stream import Stream, StreamConfig
 config = StreamConfig({str(small)!r}, seq_len=512, global_batch=2, micro_batch=1)
 step = Stream(Dataset.open(config.path), config, dp_rank=0, dp_size=1).next()
 assert step.rows["tokens"].shape == (2, 512) and step.total_weight > 0
-heavy = {{"torch", "sentencepiece", "fsspec", "PIL", "webdataset", "pydantic", "polylepis.data.codecs"}} & set(sys.modules)
-assert not heavy, heavy
+heavy = {{"torch", "sentencepiece", "fsspec", "PIL", "webdataset", "pydantic", "polylepis.data.codecs"}}
+assert not heavy & set(sys.modules)
 assert step.micro_batches[1]["tokens"].shape == (1, 512) and "torch" in sys.modules
 """
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
