@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from ..checkpoints.manifest import newest_checkpoint, step_of
+from ..checkpoints.manifest import newest_checkpoint, read_manifest, step_of
 from ..data import mock
 from ..data.dataset import Dataset
 from ..data.deal import Deal
@@ -29,6 +29,11 @@ from .plan.loads import busiest_ranks, read_loads
 # What may change between the runs that share a folder: where and how long it trains, not what is trained on what.
 READING = ("data.micro_batch", "data.workers", "data.prefetch", "data.stall_seconds", "data.path")
 PLAN = ("mesh.", "context.", "pipeline.", "recompute.", "engine", "deepspeed.")
+# Of a model's configuration, what its weights do not depend on.
+TRAINING_ONLY = (
+    "model.init_std:",
+    *(f"model.moe.{k}:" for k in ("aux_sequence", "aux_global", "z_loss", "capacity_factor", "bias_update_rate")),
+)
 FREE_KEYS = (*PLAN, "train.", "tracking.", "health.", "name", "folder", *READING)
 
 
@@ -221,20 +226,32 @@ def check_all(config: RunConfig, world_size: int) -> None:
 def check_folder(config: RunConfig) -> None:
     """Refuse to continue another run in this folder.
 
+    An import that has not been trained yet takes any data, optimizer and seed.
+
     Raises:
         ConfigError: the folder holds a run of another model, data, optimizer or seed; names the first difference.
     """
     file = config.path / CONFIG_FILE
     if not file.is_file():
         return
-    differences = [line for line in differing_keys(load_config(str(file)), config) if not line.startswith(FREE_KEYS)]
+    newest = newest_checkpoint(config.checkpoints)
+    imported = newest is not None and bool(read_manifest(newest).get("weights_only"))
+    differences = differing_keys(load_config(str(file)), config)
+    if imported:  # weights to start from: only what they are weights of is settled
+        differences = [d for d in differences if d.startswith("model.") and not d.startswith(TRAINING_ONLY)]
+    else:
+        differences = [d for d in differences if not d.startswith(FREE_KEYS)]
     if differences:
         more = f" (and {len(differences) - 1} more)" if len(differences) > 1 else ""
+        if imported:
+            raise ConfigError(
+                f"{config.folder}: holds imported weights of a model that differs in {differences[0]}{more}; data, "
+                "optimizer and seed may be chosen freely"
+            )
         raise ConfigError(
             f"{config.folder}: holds a run that differs in {differences[0]}{more}; choose another folder=…, "
             f"or remove it"
         )
-    newest = newest_checkpoint(config.checkpoints)
     if newest is not None and step_of(newest) > config.train.steps:
         raise ConfigError(
             f"train.steps: {config.train.steps}, but {config.folder} has already trained to {newest.name}"
