@@ -100,9 +100,9 @@ def pair_lanes(experts: Sequence[bool], costs: Sequence[Cost]) -> tuple[Lanes, L
     return forward, backward
 
 
-def overlapped(experts: Sequence[bool], costs: Sequence[Cost]) -> list[Cost]:
+def overlapped(costs: Sequence[Cost], lanes: tuple[Lanes, Lanes]) -> list[Cost]:
     """The costs of one micro-batch where two pass at once: of each layer's dispatch only what is not hidden."""
-    forward, backward = pair_lanes(experts, costs)
+    forward, backward = lanes
     return [
         replace(cost, experts=out / 2, experts_back=back / 2)
         for cost, out, back in zip(costs, forward.exposed, backward.exposed, strict=True)

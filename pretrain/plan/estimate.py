@@ -22,13 +22,13 @@ from ...parallel.pipeline.cost import (
     sharded_numel,
 )
 from ...parallel.pipeline.devices import collective_seconds
-from ...parallel.pipeline.lanes import overlapped
+from ...parallel.pipeline.lanes import Lanes, overlapped, pair_lanes
 from ...parallel.pipeline.schedule import Schedule, build_schedule, peak_in_flight, receive_buffers, stage_rank
 from ...parallel.pipeline.simulate import StageTime, Timeline, simulate
 from ...parallel.pipeline.stage import Stage, whole_model
 from ..config import RunConfig
 from ..errors import ConfigError
-from ..prepare import stages_of
+from ..prepare import check_overlap, stages_of
 from .loads import Loads, busiest_ranks
 
 RESERVE = 0.06  # of a GPU's memory: CUDA context, communication buffers, fragmentation. An assumption.
@@ -77,6 +77,7 @@ class Estimate:
         parts: seconds of the step by cause; they sum to `seconds`.
         tokens: of a step.
         mfu: useful FLOPs (what the mask lets through, nothing repeated) over what all GPUs could do.
+        lanes: where dispatch is overlapped, forward and backward of two micro-batches.
     """
 
     config: RunConfig
@@ -87,6 +88,7 @@ class Estimate:
     parts: Mapping[str, float]
     tokens: int
     mfu: float
+    lanes: tuple[Lanes, Lanes] | None = None
 
     @property
     def seconds(self) -> float:
@@ -153,7 +155,7 @@ class Priced:
     """A plan with its costs, before anything is simulated.
 
     Attributes:
-        costs, ends: of each stage its layers', and its ends'.
+        costs, ends: of each stage its layers', and its ends'; of dispatch that is overlapped only what is not hidden.
         memory: of each pipeline rank.
         seconds: of the step without bubble: a lower bound.
     """
@@ -168,6 +170,7 @@ class Priced:
     memory: tuple[Memory, ...]
     limit: float
     parts: Mapping[str, float]
+    lanes: tuple[Lanes, Lanes] | None = None
 
     @property
     def seconds(self) -> float:
@@ -191,7 +194,7 @@ class Priced:
         tokens = config.data.global_batch * config.data.seq_len
         useful = 3 * flops_per_token(model, self.setting.mean_keys) * tokens
         mfu = useful / (sum(parts.values()) * config.mesh.n_processes * self.timing.device.peak)
-        return Estimate(config, self.stages, self.memory, self.limit, timeline, parts, tokens, mfu)
+        return Estimate(config, self.stages, self.memory, self.limit, timeline, parts, tokens, mfu, self.lanes)
 
 
 def estimate(
@@ -227,9 +230,12 @@ def price(
     n = len(model.symbols)
     stages: tuple[Stage, ...] = (whole_model(n),)
     name, chunks = "1f1b", 1
-    layers, at_once = layer_costs(model, setting, timing), 1
+    layers, at_once, lanes = layer_costs(model, setting, timing), 1, None
     if config.train.overlap_dispatch:
-        layers, at_once = overlapped([symbol == "E" for symbol in model.symbols], layers), 2
+        check_overlap(config, mesh)
+        experts = [symbol == "E" for symbol in model.symbols]
+        at_once, lanes = 2, pair_lanes(experts, layers)
+        layers = overlapped(layers, lanes)
     if mesh.pp > 1:
         check_split_backward(model, config.pipeline, config.recompute)
         name, chunks = config.pipeline.schedule, config.pipeline.chunks_per_rank
@@ -249,7 +255,7 @@ def price(
         for rank in range(mesh.pp)
     )
     parts = _parts_of_step(config, schedule, costs, ends, numels, timing)
-    return Priced(config, timing, setting, schedule, stages, costs, ends, memory, limit, parts)
+    return Priced(config, timing, setting, schedule, stages, costs, ends, memory, limit, parts, lanes)
 
 
 Costs = tuple[Sequence[Sequence[Cost]], Sequence[Cost], Sequence[float]]

@@ -32,7 +32,8 @@ def title(found: Estimate) -> str:
     if mesh.pp > 1:
         text += f", {config.pipeline.schedule}"
         text += f" × {config.pipeline.chunks_per_rank}" if config.pipeline.chunks_per_rank > 1 else ""
-    text += f", micro-batch {config.data.micro_batch}"
+    text += f", {mesh.ep_spare} spare expert slots" if mesh.ep_spare else ""
+    text += f", micro-batch {config.data.micro_batch}" + (", two at once" if config.train.overlap_dispatch else "")
     again = {k: v for k, v in vars(config.recompute).items() if v != "none"}
     return text + (", recompute " + " ".join(f"{k}:{v}" for k, v in again.items()) if again else "")
 
@@ -65,6 +66,14 @@ def table(found: Estimate, name: str, source: str) -> str:
         f"{found.timeline.bubble:.1%} of all ranks' time, exposed communication "
         f"{sum(found.parts[k] for k in COMMUNICATION) / seconds:.1%}"
     )
+    if found.lanes is not None:
+        sent, left = (
+            sum(f(lanes) for lanes in found.lanes) for f in (lambda x: x.dispatched, lambda x: sum(x.exposed))
+        )
+        lines.append(
+            f"dispatch of two micro-batches, forward and backward: {sent:.4f} s, of which {left:.4f} s are not hidden "
+            "behind layers of the other"
+        )
     if config.mesh.pp > 1:
         cuts = ", ".join(
             f"{stage.first}–{stage.stop - 1} {config.model.symbols[stage.first : stage.stop]}" for stage in found.stages

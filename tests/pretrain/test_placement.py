@@ -26,6 +26,7 @@ from polylepis.pretrain.objectives.next_token import next_token
 from polylepis.pretrain.optim import OptimConfig, build_optimizer
 from polylepis.pretrain.plan.estimate import Assumptions, estimate, price
 from polylepis.pretrain.plan.loads import busiest_ranks, modality_pressure, read_loads
+from polylepis.pretrain.plan.report import table
 from polylepis.pretrain.plan.search import candidates
 from polylepis.pretrain.prepare import check_all, check_overlap, check_placement, stages_of
 from polylepis.pretrain.shrink import shrink
@@ -264,3 +265,10 @@ def test_the_plan_sees_spare_slots_and_overlap() -> None:
     assert 0 <= overlapped.parts["expert parallel"] < 0.5 * plain.parts["expert parallel"]
     assert overlapped.parts["computation"] == pytest.approx(plain.parts["computation"])
     assert overlapped.memory[0].activations > 1.9 * plain.memory[0].activations
+    forward, backward = overlapped.lanes
+    hidden = forward.dispatched + backward.dispatched - sum(forward.exposed) - sum(backward.exposed)
+    assert plain.parts["expert parallel"] - overlapped.parts["expert parallel"] == pytest.approx(hidden)
+    text = table(overlapped.simulated(), "h100", "a roofline")
+    assert "are not hidden behind layers of the other" in text and "two at once" in text
+    with pytest.raises(ConfigError, match=r"mesh.pp 2 the pipeline's schedule"):
+        found(mesh=MeshConfig(pp=2, dp_shard=64, ep=8), train=replace(config.train, overlap_dispatch=True))
