@@ -88,7 +88,7 @@ def render(kind: str, config: RunConfig, request: Request, places: Places) -> st
 def _srun(request: Request) -> Sequence[str]:
     """Options of srun, a line each."""
     lines = [
-        '--kill-on-bad-exit=1 --cpus-per-task="$CPUS"',
+        '--cpus-per-task="$CPUS"',
         '--open-mode=append --output="$LAUNCH/%x-%j-%n.log"',
     ]
     container = request.container

@@ -50,7 +50,9 @@ class Claim:
             # What a scheduler started again under the same name has ended before.
             return heartbeat_age < STALE_SECONDS and not (self.owner and self.owner == here.owner)
         try:
-            return abs(psutil.Process(self.pid).create_time() - self.started) < 1
+            process = psutil.Process(self.pid)
+            # In a container whose first process collects no orphans, killed workers stay in the table as zombies.
+            return process.status() != psutil.STATUS_ZOMBIE and abs(process.create_time() - self.started) < 1
         except psutil.NoSuchProcess:
             return False
 

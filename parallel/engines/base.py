@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -75,6 +75,10 @@ class Elsewhere(Protocol):
 
     @property
     def param_groups(self) -> list[dict[str, Any]]: ...
+
+    def pieces(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Each parameter with what this rank keeps of its reduced gradient."""
+        ...
 
     def tensors(self) -> dict[str, Tensor]:
         """Copies of all logical tensors of a checkpoint; all ranks call it."""

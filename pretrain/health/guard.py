@@ -147,7 +147,7 @@ class Health:
         what = f"loss {loss:.4g}, gradient norm {norm:.4g}"
         details: dict[str, Any] = {"position": step - 1, "digest": data.doc_digest, "streak": self._bad_streak}
         if acts:  # the gradients are not needed any more, so the step can be repeated to see who it was
-            bad = nonfinite.bad_parameters(self.engine.models)
+            bad = nonfinite.bad_parameters(self.engine)
             try:
                 check_routers(self.engine, norm)
             except RouterError as error:
@@ -157,7 +157,7 @@ class Health:
             details["ranks"] = [vars(finding) for finding in findings if finding.origin or finding.n_parameters]
             self.ledger.add([Entry(step - 1, "nan", data.doc_digest, step)])
         else:
-            bad = nonfinite.bad_parameters(self.engine.models)
+            bad = nonfinite.bad_parameters(self.engine)
             what += f"; on rank {self.events.rank} in the gradient of {', '.join(bad[:4]) or 'no parameter'}"
         self._tell("nan", "not finite", step, f"not finite: {what}{'; step left out' if acts else ''}", **details)
         if not acts:

@@ -7,7 +7,7 @@ A value that does not come back was not computed from the data: suspect the hard
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from ...parallel.engines.base import Batch, Engine
-from ...parallel.parts import named_parts
+from ...parallel.parts import Part, named_parts
 
 
 @dataclass(frozen=True)
@@ -47,25 +47,28 @@ class Finding:
         return self.forward or self.backward
 
 
-def local_gradient(parameter: Tensor) -> Tensor | None:
-    """This rank's shard of a parameter's gradient."""
-    grad = parameter.grad
-    return grad.to_local() if isinstance(grad, DTensor) else grad
-
-
-def bad_parameters(models: Iterable[nn.Module]) -> list[str]:
-    """Parameters with a gradient shard on this rank that is not finite."""
-    found = []
-    for model in models:
+def local_gradients(engine: Engine) -> Iterator[tuple[str, Part, Tensor]]:
+    """What this rank holds of every gradient; a flat stretch of it where ZeRO has cut the parameter anywhere."""
+    optimizer = engine.optimizer
+    kept = {} if isinstance(optimizer, torch.optim.Optimizer) else {id(p): piece for p, piece in optimizer.pieces()}
+    for model in engine.models:
         for name, parameter, part in named_parts(model):
-            grad = local_gradient(parameter)
-            if grad is None or not grad.numel() or bool(torch.isfinite(grad).all()):
-                continue
-            if part.entries and grad.dim() == len(part.shape) + 1:
-                names = part.entry_names(name)
-                found += [key for key, entry in zip(names, grad, strict=True) if not torch.isfinite(entry).all()]
-            else:
-                found.append(name)
+            grad = kept.get(id(parameter), parameter.grad)
+            if grad is not None and grad.numel():
+                yield name, part, grad.to_local() if isinstance(grad, DTensor) else grad
+
+
+def bad_parameters(engine: Engine) -> list[str]:
+    """Parameters whose gradient is not finite in what this rank holds of it."""
+    found = []
+    for name, part, grad in local_gradients(engine):
+        if bool(torch.isfinite(grad).all()):
+            continue
+        if part.entries and grad.dim() == len(part.shape) + 1:
+            names = part.own_entries(name, engine.mesh)
+            found += [key for key, entry in zip(names, grad, strict=True) if not torch.isfinite(entry).all()]
+        else:
+            found.append(name)
     return found
 
 
@@ -130,9 +133,24 @@ def blame(
     return [Finding(**values) for values in everyone]
 
 
+def earliest(findings: Sequence[Finding]) -> list[Finding]:
+    """Those that saw it first: it travels on, to other ranks' layers in a gather and to other stages in a pipeline.
+
+    Forward comes before backward, which runs from the last layer to the first.
+    """
+
+    def layer(place: str) -> int:
+        return int(place.rpartition(".")[2])
+
+    if forward := [f for f in findings if f.forward]:
+        return [f for f in forward if layer(f.forward) == min(layer(g.forward) for g in forward)]
+    backward = [f for f in findings if f.backward]
+    return [f for f in backward if layer(f.backward) == max(layer(g.backward) for g in backward)]
+
+
 def explain(findings: Sequence[Finding]) -> str:
     """One line: where it began, or where it was found, and whether it came back."""
-    origins = [f for f in findings if f.origin] or [f for f in findings if f.loss]
+    origins = earliest(findings) or [f for f in findings if f.loss]
     holders = [f for f in findings if f.n_parameters]
     parts = []
     if origins:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -61,6 +62,7 @@ def replicated(engine: Engine) -> Iterator[Replicated]:
     for model in engine.models:
         for name, parameter in model.named_parameters():
             if not isinstance(parameter, DTensor):
+                yield from _replicated_under_zero(name, parameter, model.mesh.device_mesh)
                 continue
             state = engine.optimizer.state.get(parameter, {}) if isinstance(engine.optimizer, Optimizer) else {}
             tensors = {name: parameter, **{f"{k} of {name}": v for k, v in state.items() if isinstance(v, DTensor)}}
@@ -73,6 +75,20 @@ def replicated(engine: Engine) -> Iterator[Replicated]:
             for dim in range(axes.ndim) if name in model.state_dict() else ():
                 if axes.mesh_dim_names and axes.mesh_dim_names[dim] != "pp" and axes.size(dim) > 1:
                     yield Replicated(name, buffer, *_axis(axes, dim))
+
+
+def _replicated_under_zero(name: str, parameter: Any, mesh: DeviceMesh) -> Iterator[Replicated]:
+    """DeepSpeed's plain parameters: whole on every data-parallel rank but under ZeRO 3, which cuts them (`ds_tensor`).
+
+    They are written anew from the optimizer's partitions in every step, so partitions that differ show in them.
+    """
+    cut = getattr(parameter, "ds_tensor", None)
+    values = parameter.detach() if cut is None else cut.detach()
+    axes = [] if cut is not None else ["fsdp"]
+    axes += [] if getattr(parameter, "tensor_model_parallel", False) else ["tp"]
+    for axis in axes:
+        if mesh[axis].size() > 1:
+            yield Replicated(name, values, *_axis(mesh[axis], 0))
 
 
 def _axis(mesh: DeviceMesh, dim: int) -> tuple[dist.ProcessGroup, tuple[int, ...]]:

@@ -54,7 +54,6 @@ class Watchdog(threading.Thread):
         self.pulse, self.events, self.end = pulse, events, end
         self.tick = min(10.0, config.hang_seconds / 10)
         self._ticks, self._told = 0, -1
-        self._first_step: int | None = None
         self._stopped = threading.Event()
 
     def close(self) -> None:
@@ -64,12 +63,11 @@ class Watchdog(threading.Thread):
             self.join(timeout=5)
 
     def run(self) -> None:
+        self.show()
         while not self._stopped.wait(self.tick):
             self.show()
             beat = self.pulse.beat
-            if self._first_step is None and beat.step:
-                self._first_step = beat.step
-            slow = beat.phase in SLOW_PHASES or beat.step in (0, self._first_step)
+            slow = beat.phase in SLOW_PHASES or beat.step in (0, self.pulse.first)
             limit = max(self.config.slow_seconds, self.config.hang_seconds) if slow else self.config.hang_seconds
             limit = max(limit, PATIENCE * self.pulse.last.get(beat.phase, 0.0))
             if time.monotonic() - beat.since > limit and beat.count != self._told:

@@ -25,9 +25,14 @@ class Beat:
 
 
 class Pulse:
-    """The loop calls `enter`; other threads only read `beat`, one reference that is replaced whole."""
+    """The loop calls `enter`; other threads only read: `beat`, one reference that is replaced whole, and `first`.
+
+    Attributes:
+        first: the step that this process began with, from 1; 0 before it.
+    """
 
     def __init__(self) -> None:
+        self.first = 0
         self.beat = Beat(0, "start", time.monotonic(), 0)
         self.last: dict[str, float] = {}  # seconds of the newest phase of each kind that has ended
         self._seconds: dict[str, float] = {}
@@ -37,6 +42,7 @@ class Pulse:
         now, old = time.monotonic(), self.beat
         self._seconds[old.phase] = self._seconds.get(old.phase, 0.0) + now - old.since
         self.last[old.phase] = now - old.since
+        self.first = self.first or step or 0
         self.beat = Beat(old.step if step is None else step, phase, now, old.count + 1)
 
     def take(self) -> dict[str, float]:

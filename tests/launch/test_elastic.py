@@ -18,6 +18,7 @@ from clusters import Hosts, descendants, wait_for, why_no_hosts
 from polylepis.checkpoints.manifest import newest_checkpoint, step_of
 from polylepis.checkpoints.sharded import read_tensors
 from polylepis.launch.cli import main
+from polylepis.launch.runs import launched
 from polylepis.parallel.mesh import MeshConfig
 from polylepis.pretrain.config import RunConfig, load_config, to_yaml
 from polylepis.pretrain.meter.tracker import read_metrics
@@ -81,7 +82,7 @@ def resumed_after(config: RunConfig, before: float, timeout: float = 300) -> flo
 
 @pytest.mark.timeout(1200)
 def test_killed_workers_and_told_agents_come_to_the_same_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A worker killed -9 is started again; SIGTERM to torchrun itself saves and ends; the last start finishes."""
+    """A worker killed -9 is started again; SIGTERM to torchrun itself saves and ends; another start finishes."""
     monkeypatch.chdir(tmp_path)
     config = small("run", 200, 10, "M-")
     script = write_script(config, "--procs-per-node", "1")
@@ -101,10 +102,54 @@ def test_killed_workers_and_told_agents_come_to_the_same_bits(tmp_path: Path, mo
     finally:
         process.kill()
     assert "exitcode: -9" in Path("log").read_text()
-    subprocess.run(["bash", str(script)], check=True, capture_output=True)
+    run_ranks(1, train, config, timeout=500)
     assert read_outcome(config.path) == "done 200"
     run_ranks(1, train, replace(config, folder=str(tmp_path / "undisturbed")), timeout=500)
     assert_same_bits(config, tmp_path / "undisturbed")
+
+
+@pytest.mark.full
+@pytest.mark.timeout(900)
+def test_submitted_to_this_machine_it_is_watched_and_stopped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`launch torchrun --submit`, then status, logs, stop; submitted again it goes on; `stop --now` leaves nobody."""
+    monkeypatch.chdir(tmp_path)
+    config = small("run", 100_000, 10, "M-")
+    Path("small.yaml").write_text(to_yaml(config))
+    words = ["launch", "torchrun", "small.yaml", "--procs-per-node", "1"]
+
+    def said(*command: str) -> str:
+        capsys.readouterr()
+        assert main(["launch", *command]) == 0
+        return capsys.readouterr().out
+
+    assert main([*words, "--submit"]) == 0
+    wait_for(lambda: trained(config) >= 12, 300, "step 12")
+    (entry,) = launched(config.path)
+    found = said("status", "run")
+    assert found.startswith("run: training\n") and f"job         {entry.id}  RUNNING" in found
+    assert main([*words, "--submit"]) == 2
+    assert "run: belongs to a live job, process" in capsys.readouterr().err
+    assert "==> run/launch/0001/torchrun.log <==" in said("logs", "run") and "100000" in said("logs", "run")
+    assert "asked to save at the next step and stop" in said("stop", "run")
+    wait_for(lambda: "ENDED" in said("status", "run"), 120, "the end")
+    reached = trained(config)
+    assert read_outcome(config.path) == f"stopped end {reached}" and checkpointed(config) == reached
+
+    assert main([*words, "--submit"]) == 0
+    wait_for(lambda: trained(config) > reached + 2, 300, "a step further")
+    again = launched(config.path)[-1]
+    family = [psutil.Process(pid) for pid in descendants(int(again.id))]
+    assert any("polylepis.pretrain.train" in process.cmdline() for process in family)
+    assert f"process {again.id}: killed with its workers" in said("stop", "run", "--now")
+    wait_for(lambda: not any(alive(process) for process in family), 60, "the end of every process")
+    assert said("status", "run").startswith("run: not running\n")
+    assert main(["launch", "stop", "run", "--now"]) == 2
+
+
+def alive(process: psutil.Process) -> bool:
+    return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
 
 
 @pytest.fixture

@@ -182,6 +182,22 @@ def test_status_logs_and_stop(slurm: Slurm, capsys: pytest.CaptureFixture[str]) 
     assert "runs/tiny: nothing to stop" in capsys.readouterr().err
 
 
+def test_stop_now_kills_and_nothing_comes_back(slurm: Slurm, capsys: pytest.CaptureFixture[str]) -> None:
+    """A running job and the one that waits behind it."""
+    first, second = submit("work", 10_000, "--chain", "2")
+    wait_for(lambda: step() > 2, 60, "steps")
+    capsys.readouterr()
+    assert main(["launch", "stop", str(RUN), "--now"]) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert f"{RUN}: job {second}: cancelled before it started" in said
+    assert f"{RUN}: job {first}: cancelled; it resumes from the newest checkpoint" in said
+    for job in (first, second):
+        wait_for(lambda: slurm.state(job) in ("CANCELLED", "GONE"), 90, "the end")  # noqa: B023
+    assert "] requeue" not in output()
+    assert main(["launch", "stop", str(RUN), "--now"]) == 2
+    assert "nothing to stop" in capsys.readouterr().err
+
+
 def test_a_sweep_is_an_array_with_a_run_each(slurm: Slurm, capsys: pytest.CaptureFixture[str]) -> None:
     Path("runs").mkdir()
     submit("work", 3, "--sweep", "optim.lr=1e-3,2e-3", "--sweep", "seed=1,2", "--sbatch=--array=0-3%2")

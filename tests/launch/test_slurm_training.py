@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import socket
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 
@@ -88,6 +90,50 @@ def test_two_requeues_and_a_dead_node_end_in_the_same_bits(
     capsys.readouterr()
     assert main(["launch", "status", "runs/small"]) == 0
     assert "done 40\n  step        40 of 40\n" in (said := capsys.readouterr().out) and f"{job}  COMPLETED" in said
+
+
+def own_address() -> str:
+    """An address of this machine that is not the loopback's."""
+    everything = [address for found in psutil.net_if_addrs().values() for address in found]
+    for address in everything:
+        if address.family == socket.AF_INET and not address.address.startswith("127."):
+            return address.address
+    pytest.skip("no address but the loopback's here")
+
+
+@pytest.mark.full
+@pytest.mark.timeout(900)
+def test_the_doctor_looks_before_the_job_trains(
+    slurm: Slurm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Two nodes that pass train; where the head is every node's own loopback they fail by name, and nothing trains."""
+    monkeypatch.chdir(tmp_path)
+    good, bad = small("runs/good", 2), small("runs/bad", 2)
+    job = submit(good, "--doctor", "--env", f"MASTER_ADDR={own_address()}")
+    assert slurm.wait(job, 400) == "COMPLETED", log_of(good)
+    assert trained(good) == checkpointed(good) == 2
+    findings = good.path / "launch" / "0001" / "doctor"
+    assert sorted(file.name for file in findings.glob("*.json")) == ["n1.json", "n2.json", "ranks.json"]
+    assert "all-reduce       Σ of 4 ranks" in log_of(good) and "4 ranks on " in log_of(good)
+    capsys.readouterr()
+    assert main(["doctor", "--collect", "--out", str(findings)]) == 0
+    assert "2 nodes pass, 0 fail" in capsys.readouterr().out
+    assert (findings / "passing_nodes.txt").read_text().split() == ["n1", "n2"]
+
+    job = submit(bad, "--doctor")
+    out = bad.path / "launch" / "0001" / f"small-{job}.out"
+    wait_for(lambda: out.is_file() and "srun ended with" in out.read_text(), 300, "the doctor's verdict")
+    slurm.ask("scancel", job)
+    assert "not every node is fit, so nothing trains: polylepis doctor --collect" in out.read_text()
+    assert main(["doctor", "--collect", "--out", str(bad.path / "launch" / "0001" / "doctor")]) == 1
+    assert "0 nodes pass, 2 fail: n1, n2" in (said := capsys.readouterr().out) and "leads to 127.0.0.1" in said
+    assert trained(bad) == checkpointed(bad) == 0
+
+
+def log_of(config: RunConfig) -> str:
+    """All that a job and its nodes have said."""
+    files = sorted((config.path / "launch" / "0001").glob("*.*"))
+    return "".join(file.read_text() for file in files if file.suffix in (".out", ".log"))
 
 
 @pytest.mark.chaos

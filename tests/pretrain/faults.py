@@ -13,10 +13,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.tensor import DTensor
 
 from polylepis.pretrain import train as module
 from polylepis.pretrain.config import RunConfig, load_config
 from polylepis.pretrain.health.config import HealthConfig
+from polylepis.pretrain.health.nonfinite import local_gradients
 from polylepis.pretrain.shrink import shrink
 
 
@@ -72,23 +74,25 @@ class Faulty:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
         hook = None
         if kind == "nan in a layer":
-            hook = self.models[0].layers["2"].register_forward_hook(lambda m, a, out: out * float("nan"))
+            layers = self.models[0].layers
+            layer = layers["2"] if "2" in layers else layers[min(layers)]
+            hook = layer.register_forward_hook(lambda m, a, out: out * float("nan"))
         sums = self._engine.accumulate(batches, total_weight)
         if hook is not None:
             hook.remove()
         if kind == "nan in a gradient" and once:  # a fault of the hardware: it does not come back
-            next(self.models[0].parameters()).grad.to_local().view(-1)[0] = float("nan")
+            _, _, gradient = next(local_gradients(self._engine))
+            gradient.view(-1)[0] = float("nan")
         if kind == "spike":
-            for parameter in self.models[0].parameters():
-                if parameter.grad is not None:
-                    parameter.grad.to_local().mul_(1e4)
+            self._engine.scale(1e4)
             return sums * 5
         return sums
 
     def update(self, lr: float) -> None:
         self._engine.update(lr)
         if self._now() and self._fault.kind == "drift":
-            next(self.models[0].layers["1"].parameters()).detach().to_local().view(-1)[3] += 1e-3
+            parameter = next(self.models[0].layers["1"].parameters()).detach()
+            (parameter.to_local() if isinstance(parameter, DTensor) else parameter).view(-1)[3] += 1e-3
 
 
 def train_with(config: RunConfig, fault: Fault | None = None) -> str:

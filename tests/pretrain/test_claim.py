@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import multiprocessing as mp
 import os
+import signal
 import time
 from dataclasses import asdict, replace
 from multiprocessing.synchronize import Barrier
@@ -41,6 +42,27 @@ def test_a_living_process_is_refused_by_name(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="belongs to a live job"), claim_folder(tmp_path):
         raise AssertionError("was let in")
     assert json.loads((tmp_path / LOCK_FILE).read_text())["pid"] == parent.pid
+
+
+def test_a_zombie_holds_nothing(tmp_path: Path) -> None:
+    """In a container without an init, what is killed stays in the process table."""
+    import psutil
+
+    child = os.fork()
+    if child == 0:
+        time.sleep(60)
+        os._exit(0)
+    process = psutil.Process(child)
+    leave(tmp_path, replace(Claim.mine(), pid=child, started=process.create_time()))
+    assert living_claim(tmp_path) is not None
+    os.kill(child, signal.SIGKILL)
+    while process.status() != psutil.STATUS_ZOMBIE:
+        time.sleep(0.01)
+    try:
+        assert living_claim(tmp_path) is None
+        check_free(tmp_path)
+    finally:
+        os.waitpid(child, 0)
 
 
 OTHER = Claim("elsewhere", 1, 0.0, "pid:[1]", "SLURM job 7")

@@ -372,6 +372,23 @@ def test_the_watchdog_waits_longer_where_that_is_normal(tmp_path: Path) -> None:
     assert "test_the_watchdog_waits" in (tmp_path / "health/hangs/step-00000004-rank-00000.txt").read_text()
 
 
+def test_the_watchdog_knows_the_first_step_without_having_seen_it(tmp_path: Path) -> None:
+    """Steps that are shorter than its tick: the one it sees first is not the first one."""
+    ended: list[int] = []
+    pulse = Pulse()
+    dog = Watchdog(
+        HealthConfig(hang_seconds=1.0, slow_seconds=100.0), tmp_path, 0, 1, pulse, Events(tmp_path, 0), ended.append
+    )
+    for step in range(1, 5):
+        pulse.enter("compute", step)
+    dog.start()
+    for _ in range(300):  # it ends after some three seconds
+        if not ended:
+            dog._stopped.wait(0.1)
+    dog.close()
+    assert ended == [HANG_EXIT]
+
+
 # ---------------------------------------------------------------- memory, disks, mistakes
 
 
