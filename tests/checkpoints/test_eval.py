@@ -68,6 +68,8 @@ def test_the_harness_runs_a_local_task_offline(folder: Path, tmp_path: Path) -> 
     data.write_text("\n".join(lines))
     (tmp_path / "tasks").mkdir()
     (tmp_path / "tasks" / "local.yaml").write_text(TASK.format(data=data))
+    absent = TASK.format(data=tmp_path / "absent.jsonl").replace("local_likelihood", "local_absent")
+    (tmp_path / "tasks" / "absent.yaml").write_text(absent)
     arguments = [str(folder), "--tasks", "local_likelihood", "--include", str(tmp_path / "tasks")]
     result = CliRunner().invoke(evaluate_export, arguments)
     assert result.exit_code == 0, repr(result.exception)
@@ -75,7 +77,10 @@ def test_the_harness_runs_a_local_task_offline(folder: Path, tmp_path: Path) -> 
     assert row.split()[-1] == "1"
     for wrong, message in (
         ([*arguments[:2], "no_such_task"], "no task no_such_task in the harness; give the folder"),
-        ([*arguments, "--max-length", "1"], "the harness cannot run local_likelihood"),
+        (
+            [*arguments[:2], "local_absent", "--include", str(tmp_path / "tasks")],
+            "the harness cannot run local_absent",
+        ),
         ([*arguments[:2], "hellaswag"], "the data of hellaswag is not on this machine"),
     ):
         result = CliRunner().invoke(evaluate_export, wrong)
