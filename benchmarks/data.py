@@ -1,7 +1,7 @@
 """`polylepis data bench` on the quickstart data set, written down: python -m benchmarks.data [FOLDER [PYTHON]].
 
-PYTHON is an interpreter that has litdata and mosaicml-streaming, or one of them; they are not dependencies of this
-project.
+PYTHON is an interpreter that has some of litdata, mosaicml-streaming and megatron-energon, and numpy and Pillow
+for ours; they are no dependencies of this project.
 """
 
 from __future__ import annotations

@@ -43,6 +43,11 @@ if TYPE_CHECKING:
 )
 @click.option("--no-tokenizer", is_flag=True, help="Leave the tokenizer out.")
 @click.option("--name", help="Of the imported run.  [default: the folder's name]")
+@click.option(
+    "--data",
+    type=click.Path(path_type=Path, file_okay=False),
+    help="Import: move the vocabulary's rows to where this data set, of the same tokenizer, has their tokens.",
+)
 @click.option("--force", is_flag=True, help="Replace a folder that exists.")
 def convert(
     path: Path,
@@ -56,6 +61,7 @@ def convert(
     proof: Proof,
     no_tokenizer: bool,
     name: str | None,
+    data: Path | None,
     force: bool,
 ) -> None:
     """Export a run to Hugging Face format, or import a foreign checkpoint as a run.
@@ -66,12 +72,14 @@ def convert(
     """
     if (to is None) == (source is None):
         raise CheckpointError("say either --to hf (export a run) or --from hf | mamba_ssm | megatron (import)")
+    if data is not None and source is None:
+        raise CheckpointError("--data belongs to an import (--from); an export reads the data set of its run")
     from . import convert as work
 
     if source is not None:
         if out is None:
             raise CheckpointError("an import needs --out, the run folder to make")
-        print_table(work.from_foreign(source, path, out, name=name, force=force))
+        print_table(work.from_foreign(source, path, out, name=name, data=data, force=force))
         return
 
     import torch

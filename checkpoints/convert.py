@@ -219,7 +219,9 @@ def prove(
     return report
 
 
-def from_foreign(kind: str, path: Path, out: Path, *, name: str | None, force: bool) -> Sequence[tuple[str, Any]]:
+def from_foreign(
+    kind: str, path: Path, out: Path, *, name: str | None, data: Path | None, force: bool
+) -> Sequence[tuple[str, Any]]:
     """Import a foreign checkpoint as a run folder; rows for a table.
 
     Raises:
@@ -229,4 +231,4 @@ def from_foreign(kind: str, path: Path, out: Path, *, name: str | None, force: b
         raise CheckpointError(f"{out} exists already; give --force to replace it, or another folder with --out")
     from .foreign.run import import_run
 
-    return import_run(kind, path, out, name or out.name)
+    return import_run(kind, path, out, name or out.name, data)

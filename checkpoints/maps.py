@@ -233,6 +233,78 @@ class Squeeze(Map):
 
 
 @dataclass(frozen=True)
+class Unflatten(Map):
+    """The first axis in `count` equal runs: a new first axis `entry`."""
+
+    count: int
+    by_rows = False
+
+    def rows(self, block: Tensor) -> Tensor:
+        if block.dim() == 0 or block.shape[0] % self.count:
+            raise CheckpointError(f"{tuple(block.shape)} does not divide into {self.count} entries")
+        return block.unflatten(0, (self.count, block.shape[0] // self.count))
+
+    def inverse(self) -> Map:
+        return Flatten(self.count)
+
+
+@dataclass(frozen=True)
+class Flatten(Map):
+    """The entries of a stack one after the other along their first axis."""
+
+    count: int
+    by_rows = False
+
+    def rows(self, block: Tensor) -> Tensor:
+        if block.dim() < 2 or block.shape[0] != self.count:
+            raise CheckpointError(f"{tuple(block.shape)} is no stack of {self.count} entries")
+        return block.flatten(0, 1)
+
+    def inverse(self) -> Map:
+        return Unflatten(self.count)
+
+
+@dataclass(frozen=True)
+class LeaveZero(Map):
+    """A tensor, and a vector beside it that must be zero → the tensor alone: what the other side has no place for.
+
+    Attributes:
+        size: of the vector.
+        what: its name, for the message.
+    """
+
+    size: int
+    what: str
+    by_rows = False
+
+    def __call__(self, values: Sequence[Tensor]) -> list[Tensor]:
+        kept, zero = values
+        if not zero.is_meta and zero.any():
+            raise CheckpointError(
+                f"{self.what} is not zero (up to {zero.abs().max():.2g}), and the target has no place for it"
+            )
+        return [kept]
+
+    def inverse(self) -> Map:
+        return JoinZero(self.size, self.what)
+
+
+@dataclass(frozen=True)
+class JoinZero(Map):
+    """The inverse of `LeaveZero`: the vector is made."""
+
+    size: int
+    what: str
+    by_rows = False
+
+    def __call__(self, values: Sequence[Tensor]) -> list[Tensor]:
+        return [values[0], torch.zeros(self.size, device=values[0].device)]
+
+    def inverse(self) -> Map:
+        return LeaveZero(self.size, self.what)
+
+
+@dataclass(frozen=True)
 class Transpose(Map):
     """`out` and `in` exchanged."""
 
@@ -355,8 +427,13 @@ class Place(Map):
         return result
 
     def inverse(self) -> Map | None:
-        """Takes the rows back, if none was left out."""
-        if sum(n for _, _, n in self.runs) != self.before:
+        """Takes the rows back, if none was left out or copied twice."""
+        last = 0
+        for first, _, n in sorted(self.runs):
+            if first != last:
+                return None
+            last += n
+        if last != self.before:
             return None
         back = tuple((new, old, n) for old, new, n in self.runs)
         return Place(self.after, self.before, back, axis=self.axis)

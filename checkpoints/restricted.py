@@ -1,8 +1,9 @@
-"""Opening other people's pickles without running them.
+"""Opening pickles without running them.
 
 A pickle is a program: loading it calls whatever it names. Here a name is looked up in a short list of harmless
-constructors; every other name becomes an inert placeholder that stores what it is given, so that a checkpoint that
-mentions a library's own enums and settings still opens, without that library and without executing anything.
+constructors. In the index of our own checkpoints any other name is refused; in other people's files it becomes an inert
+placeholder that stores what it is given, so that a checkpoint that mentions a library's own enums and settings
+still opens, without that library and without executing anything.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import collections
 import pathlib
 import pickle
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any
 
@@ -19,6 +21,7 @@ import torch
 from torch.distributed.checkpoint import filesystem, metadata
 
 from .errors import CheckpointError
+from .manifest import INDEX
 
 _METADATA = (
     "BytesStorageMetadata",
@@ -30,22 +33,30 @@ _METADATA = (
     "TensorStorageMetadata",
     "_MEM_FORMAT_ENCODING",
 )
-_ALLOWED: dict[tuple[str, str], Any] = {
+Allowed = Mapping[tuple[str, str], Any]
+DCP: Allowed = {
+    **{("torch.distributed.checkpoint.metadata", name): getattr(metadata, name) for name in _METADATA},
+    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"): filesystem._StorageInfo,
+    ("torch", "Size"): torch.Size,
+    ("torch.serialization", "_get_layout"): torch.serialization._get_layout,
+    # Paths as text: nothing that could touch a file.
+    ("pathlib", "PosixPath"): pathlib.PurePosixPath,
+    ("pathlib._local", "PosixPath"): pathlib.PurePosixPath,
+}
+"""What the index of a distributed checkpoint is made of; our own holds nothing else."""
+FOREIGN: Allowed = {
+    **DCP,
     ("argparse", "Namespace"): argparse.Namespace,
     ("collections", "OrderedDict"): collections.OrderedDict,
     ("builtins", "set"): set,
     ("builtins", "frozenset"): frozenset,
     ("builtins", "complex"): complex,
     ("builtins", "bytearray"): bytearray,
-    ("pathlib", "PosixPath"): pathlib.PurePosixPath,  # a path as text: nothing that could touch a file
     ("pathlib", "WindowsPath"): pathlib.PureWindowsPath,
-    ("torch", "Size"): torch.Size,
     ("torch._utils", "_rebuild_tensor_v2"): torch._utils._rebuild_tensor_v2,
     ("torch._utils", "_rebuild_parameter"): torch._utils._rebuild_parameter,
-    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"): filesystem._StorageInfo,
-    **{("torch.distributed.checkpoint.metadata", name): getattr(metadata, name) for name in _METADATA},
 }
-_ALLOWED["torch.serialization", "_get_layout"] = torch.serialization._get_layout
+"""What other people's checkpoints are made of, as far as it is harmless."""
 
 
 class Inert:
@@ -73,12 +84,23 @@ class Inert:
 
 
 class Unpickler(pickle.Unpickler):
-    """Looks names up in the list only."""
+    """Looks names up in a list only.
+
+    Args:
+        allowed: the list.
+        strict: refuse other names; otherwise they become inert placeholders.
+    """
+
+    def __init__(self, file: IO[bytes], *, allowed: Allowed = FOREIGN, strict: bool = False, **options: Any) -> None:
+        super().__init__(file, **options)
+        self._allowed, self._strict = allowed, strict
 
     def find_class(self, module: str, name: str) -> Any:
         if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype | torch.layout):
             return getattr(torch, name)
-        found = _ALLOWED.get((module, name))
+        found = self._allowed.get((module, name))
+        if found is None and self._strict:
+            raise pickle.UnpicklingError(f"it asks for {module}.{name}")
         return type(name.rpartition(".")[2], (Inert,), {"__module__": module}) if found is None else found
 
 
@@ -90,22 +112,26 @@ def load(file: IO[bytes], **options: Any) -> Any:
 UnpicklingError = pickle.UnpicklingError
 
 
-def load_metadata(folder: Path) -> metadata.Metadata:
-    """The `.metadata` of a PyTorch distributed checkpoint.
+def read_index(folder: Path, *, strict: bool = True) -> metadata.Metadata:
+    """The index (`.metadata`) of a PyTorch distributed checkpoint.
+
+    Args:
+        strict: refuse whatever ours do not hold; others' may also hold plans of their writers, for example.
 
     Raises:
-        CheckpointError: it is absent or something else.
+        CheckpointError: it is absent or damaged, or holds anything but an index.
     """
-    path = folder / ".metadata"
+    path = folder / INDEX
     try:
         with open(path, "rb") as file:
-            found = load(file)
+            found = Unpickler(file, allowed=DCP, strict=strict).load()
     except FileNotFoundError:
-        raise CheckpointError(f"{folder}: no .metadata in it, so this is no distributed checkpoint") from None
-    except (pickle.UnpicklingError, EOFError, AttributeError, TypeError, ValueError, IndexError) as error:
-        raise CheckpointError(f"{path}: cannot be read ({error})") from error
+        raise CheckpointError(f"{folder}: no {INDEX} in it, so this is no distributed checkpoint") from None
+    except Exception as error:  # a damaged pickle may raise anything
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise CheckpointError(f"{path}: is not the index of a checkpoint ({reason}); nothing was executed") from None
     if not isinstance(found, metadata.Metadata):
-        raise CheckpointError(f"{path}: holds {type(found).__name__}, not the metadata of a distributed checkpoint")
+        raise CheckpointError(f"{path}: holds a {type(found).__name__}, not the index of a checkpoint")
     return found
 
 

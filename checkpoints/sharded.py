@@ -20,13 +20,14 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from ..parallel.engines.base import Optimizer
+from ..parallel.replace_experts import refresh_replicas
 from .content import content_hash, content_sum, hash_tensor
 from .errors import CheckpointError
 from .host import random_state, set_random_state
 from .reader import Reader
 from .rules import OPTIMIZER, RANDOM, is_of_model
 from .saving import together, write_checkpoint
-from .tensors import MOMENTS, Models, model_tensors, optimizer_tensors, put_back, state_tensors
+from .tensors import MOMENTS, Models, model_tensors, optimizer_tensors, put_back, several, state_tensors
 
 __all__ = [
     "MOMENTS",
@@ -100,6 +101,7 @@ def load_checkpoint(
         _check_content(checkpoint, saved, tensors | generators)
     if optimizer is not None:
         put_back(tensors, optimizer)
+    refresh_replicas(several(models), optimizer if isinstance(optimizer, torch.optim.Optimizer) else None)
     if generators:
         set_random_state(generators[mine])
     return reader.manifest

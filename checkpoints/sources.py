@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from .errors import CheckpointError
-from .restricted import load_metadata, load_torch
+from .restricted import load_torch, read_index
 from .transforms import PIECE_BYTES, Spec, row_blocks, rows_per_block
 
 NOT_THE_MODEL = ("optimizer.", "random.")
@@ -52,7 +52,7 @@ class Distributed:
     """
 
     def __init__(self, folder: Path, prefix: str = "") -> None:
-        found = load_metadata(folder)
+        found = read_index(folder, strict=False)
         self._chunks: dict[str, list[_Chunk]] = {}
         self._specs: dict[str, Spec] = {}
         self._data: dict[_Chunk, int | None] = {}

@@ -210,6 +210,38 @@ def extend_vocabulary(
     return larger, [Rule((name,), (name,), map_) for name, map_ in names.items()]
 
 
+def adopt_vocabulary(
+    config: ModelConfig,
+    new: Mapping[str, Any],
+    specials: Sequence[int | None],
+    *,
+    noise: float = 1e-2,
+    seed: int = 0,
+) -> Surgery:
+    """A text model's ids, which start at 0, become the text ids of a vocabulary of ours.
+
+    Args:
+        new: the vocabulary, as its manifest holds it.
+        specials: which of the old ids ours 0 (padding), 1 (begin) and 2 (end of document) continue; None for none.
+        noise, seed: of rows that nothing continues, as in `extend_vocabulary`.
+
+    Raises:
+        CheckpointError: more text ids than the model has rows.
+    """
+    n_text, first = new["sizes"][0], new["specials"]
+    if n_text > config.padded_vocab:
+        raise CheckpointError(f"the vocabulary has {n_text} text ids, but the model has {config.padded_vocab} rows")
+    used = first + sum(new["sizes"])
+    larger = dataclasses.replace(config, vocab_size=used, vocab_multiple=new["vocab_multiple"])
+    copies = [(old, k, 1) for k, old in enumerate(specials) if old is not None and 0 <= old < config.padded_vocab]
+    runs = (*copies, (0, first, n_text))
+    names = ("embed.weight", "lm_head.weight")
+    sizes = config.padded_vocab, larger.padded_vocab
+    return larger, [
+        Rule((name,), (name,), Place(*sizes, runs, "mean", noise, seed + k)) for k, name in enumerate(names)
+    ]
+
+
 def _first_ids(vocabulary: Mapping[str, Any]) -> dict[str, int]:
     result, start = {}, vocabulary["specials"]
     for name, size in zip(vocabulary["modalities"], vocabulary["sizes"], strict=True):

@@ -21,7 +21,7 @@ Models = HybridModel | Sequence[HybridModel]
 def model_tensors(models: Models) -> dict[str, Tensor]:
     """Every logical tensor of the layers on this rank, sharing its memory: parameters by entry, persistent buffers."""
     tensors: dict[str, Tensor] = {}
-    for model in _several(models):
+    for model in several(models):
         for module in model.modules():
             if isinstance(module, FSDPModule):
                 module.reshard()  # after a forward without backward the root still holds gathered copies
@@ -35,7 +35,7 @@ def model_tensors(models: Models) -> dict[str, Tensor]:
 def optimizer_tensors(models: Models, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """Both AdamW moments of every logical parameter, and each parameter's step count; created where absent."""
     tensors: dict[str, Tensor] = {}
-    for model in _several(models):
+    for model in several(models):
         for name, parameter, part in named_parts(model):
             state = optimizer.state[parameter]
             if not state:
@@ -48,12 +48,14 @@ def optimizer_tensors(models: Models, optimizer: torch.optim.Optimizer) -> dict[
 
 
 def load_tensors(models: Models) -> dict[str, Tensor]:
-    """The expert loads of the last step [modalities, experts]: no weights, but the next step looks at them."""
+    """The expert loads [modalities, experts] of the last step, and their moving average: no weights, but the next step
+    looks at the one and the next placement at the other."""
     return {
-        f"{OPTIMIZER}expert_load.{name}": layer.expert_load
-        for model in _several(models)
+        f"{OPTIMIZER}{kind}.{name}": getattr(layer, kind)
+        for model in several(models)
         for name, layer in model.named_modules()
         if isinstance(layer, MoE)
+        for kind in ("expert_load", "expert_load_mean")
     }
 
 
@@ -70,5 +72,6 @@ def put_back(tensors: Mapping[str, Tensor], optimizer: Optimizer) -> None:
         optimizer.take(tensors)
 
 
-def _several(models: Models) -> Sequence[HybridModel]:
+def several(models: Models) -> Sequence[HybridModel]:
+    """A model alone, or those of several pipeline stages."""
     return (models,) if isinstance(models, HybridModel) else models

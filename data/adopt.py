@@ -7,9 +7,11 @@ from pathlib import Path
 
 from .codecs import Codec
 from .compose import Composer
-from .dataset import MANIFEST, Dataset, codec_file, fingerprints, text_reading, write_manifest
+from .dataset import Dataset, text_reading
 from .errors import DataError
-from .index import ShardIndex, energon_path, index_path, save_energon, scan_shard
+from .index import ShardIndex, energon_path, index_path, save_energon
+from .manifest import MANIFEST, codec_file, fingerprints, write_manifest
+from .scan import scan_shard
 from .tokenizer import Tokenizer, load_tokenizer
 from .vocabulary import Vocabulary
 

@@ -1,16 +1,23 @@
-"""Batches: documents laid into rows, as tensors of fixed shape; and the loss weights of their tokens."""
+"""Batches: documents laid into rows, as arrays and then tensors of fixed shape; and the loss weights of their tokens.
+
+Everything that reads works on arrays; torch is imported where a tensor is made.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
-import torch
 
 from .errors import DataError
 
-Batch = dict[str, torch.Tensor]
+if TYPE_CHECKING:
+    import torch
+
+Rows = dict[str, np.ndarray]  # latents are in it as bits, uint16
+Batch: TypeAlias = "dict[str, torch.Tensor]"
 
 
 def weight_vector(modalities: Sequence[str], weights: Mapping[str, float]) -> np.ndarray:
@@ -24,15 +31,15 @@ def weight_vector(modalities: Sequence[str], weights: Mapping[str, float]) -> np
     return vector
 
 
-def collate(
+def lay_out(
     rows: Sequence[Sequence[np.ndarray]],
     seq_len: int,
     modality_table: np.ndarray,
     weights: np.ndarray,
     *,
     max_documents: int | None = None,
-) -> Batch:
-    """Tensors of documents laid into rows one after the other.
+) -> Rows:
+    """Arrays of documents laid into rows one after the other.
 
     Args:
         rows: per row its documents, unified tokens int64 [n] each.
@@ -72,7 +79,7 @@ def collate(
             positions[r, start:end] = np.arange(len(document))
             cu_seqlens[r, d + 1 :] = end
             start = end
-    arrays = {
+    return {
         "tokens": tokens,
         "labels": labels,
         "loss_weight": loss_weight,
@@ -81,7 +88,23 @@ def collate(
         "position_ids": positions,
         "cu_seqlens": cu_seqlens,
     }
-    return {name: torch.from_numpy(array) for name, array in arrays.items()}
+
+
+def collate(
+    rows: Sequence[Sequence[np.ndarray]], seq_len: int, modality_table: np.ndarray, weights: np.ndarray
+) -> Batch:
+    """`lay_out` as tensors."""
+    return to_tensors(lay_out(rows, seq_len, modality_table, weights))
+
+
+def to_tensors(rows: Rows, slots: Slots | None = None) -> Batch:
+    """The same memory as tensors, latents in the type that `slots` names."""
+    import torch
+
+    batch = {name: torch.from_numpy(array) for name, array in rows.items() if name != "latents"}
+    if slots is not None:
+        batch["latents"] = torch.from_numpy(rows["latents"].view(np.int16)).view(getattr(torch, slots.dtype))
+    return batch
 
 
 @dataclass(frozen=True)
@@ -100,23 +123,23 @@ class Slots:
     dtype: str
 
 
-def add_latents(batch: Batch, rows: Sequence[Sequence[np.ndarray]], slots: Slots, weights: np.ndarray) -> None:
+def add_latents(batch: Rows, rows: Sequence[Sequence[np.ndarray]], slots: Slots, weights: np.ndarray) -> None:
     """Adds the latents of a batch's rows in place, and takes slots out of the next-token targets.
 
     Args:
-        batch: of `collate`.
+        batch: of `lay_out`.
         rows: per row the latents of its documents, bits uint16 [n, width] each, one vector per slot of the row.
         slots: where they go.
         weights: float32 [M], loss weight by modality.
 
     Adds:
-        latents bfloat16 or float16 [rows, N, width]; latent_pos int64 [rows, N], the slot of the row that each belongs
-        to, ascending, -1 in the padding at the end; latent_weight float32 [rows, N], 0 in the padding.
+        latents uint16 [rows, N, width], bits of bfloat16 or float16; latent_pos int64 [rows, N], the slot of the row
+        that each belongs to, ascending, -1 in the padding at the end; latent_weight float32 [rows, N], 0 in the latter.
 
     Raises:
         DataError: a row with another number of latents than slots, or more than N.
     """
-    tokens, n = batch["tokens"].numpy(), len(rows)
+    tokens, n = batch["tokens"], len(rows)
     bits = np.zeros((n, slots.most, slots.width), dtype=np.uint16)
     positions = np.full((n, slots.most), -1, dtype=np.int64)
     weight = np.zeros((n, slots.most), dtype=np.float32)
@@ -128,12 +151,10 @@ def add_latents(batch: Batch, rows: Sequence[Sequence[np.ndarray]], slots: Slots
         if given:
             bits[r, :given] = np.concatenate(row)
             positions[r, :given] = at
-            weight[r, :given] = weights[batch["modality_ids"].numpy()[r, at]]
-    batch["latents"] = torch.from_numpy(bits.view(np.int16)).view(getattr(torch, slots.dtype))
-    batch["latent_pos"] = torch.from_numpy(positions)
-    batch["latent_weight"] = torch.from_numpy(weight)
+            weight[r, :given] = weights[batch["modality_ids"][r, at]]
+    batch |= {"latents": bits, "latent_pos": positions, "latent_weight": weight}
     # That a slot comes next says nothing of its vector: another objective learns that.
-    batch["loss_weight"].numpy()[slots.table[batch["labels"].numpy()]] = 0.0
+    batch["loss_weight"][slots.table[batch["labels"]]] = 0.0
 
 
 def micro_batches(rows: Batch, size: int) -> list[Batch]:
@@ -142,7 +163,7 @@ def micro_batches(rows: Batch, size: int) -> list[Batch]:
     return [{name: value[i : i + size] for name, value in rows.items()} for i in range(0, count, size)]
 
 
-def mask(rows: Batch, row: int, start: int, length: int) -> None:
+def mask(rows: Rows, row: int, start: int, length: int) -> None:
     """Takes one document out of a batch in place: padding without weight in its slot, whose place and id it keeps."""
     for name in ("tokens", "labels", "modality_ids", "loss_weight"):
         rows[name][row, start : start + length] = 0

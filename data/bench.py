@@ -13,8 +13,9 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -66,7 +67,8 @@ def bench(
         "peers": {name: found.get("version") or f"not measured: {found['error']}" for name, found in others.items()},
         "ratio": {kind: ours[kind] / theirs[kind] for kind in ours},
         "planning_us_per_document": planning(chosen.lengths),
-        "resume": {str(at): resume(config, at) for at in (0, position)},
+        "resume": resume(config, (0, position)),
+        "torch": _start(["-c", "import torch"], dict(os.environ), 1),
         "resident": resident_memory(config, resident, workers=4),
     }
 
@@ -80,13 +82,28 @@ def planning(lengths: np.ndarray, *, seq_len: int = 4096, window: int = 4096, do
     return (time.process_time() - started) / len(many) * 1e6
 
 
-def resume(config: StreamConfig, position: int) -> dict[str, float]:
-    """Seconds in a fresh process, resumed after `position` documents.
+def resume(config: StreamConfig, positions: Sequence[int], runs: int = 5) -> dict[str, dict[str, float]]:
+    """Seconds in a fresh process that goes on after so many documents, the fastest of `runs` processes.
 
     Returns:
-        {"torch": import of torch, "imports": of all the rest, "open": data set opened and state loaded, "first_batch":
-        the step after it, "process": all}, and "cpu": seconds of CPU of imports, open and first_batch together.
+        position -> {"process": from the call that starts the interpreter to the rows of the next step, as arrays.
+        Its parts: "python" (until the first line of the script runs), "numpy", "imports" of all the rest (torch is not
+        among it), "open" (data set opened, state loaded) and "first_batch". "site": the part of "python" that the
+        module `site` takes, with the .pth files that editable installs and others leave. "cpu": CPU seconds}.
     """
+    with tempfile.TemporaryDirectory() as compiled:
+        # Bytecode is kept, as an installation does, also where the environment forbids it; the first run writes it.
+        environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[2])}
+        environment |= {"PYTHONPYCACHEPREFIX": compiled, "PYTHONDONTWRITEBYTECODE": ""}
+        _first_batch(config, 0, environment)
+        site = [_start([*flags, "-c", "pass"], environment, runs) for flags in (["-I"], ["-I", "-S"])]
+        found = {at: [_first_batch(config, at, environment) for _ in range(runs)] for at in positions}
+    best = {str(at): min(many, key=lambda one: one["process"]) for at, many in found.items()}
+    return {at: {**one, "site": site[0] - site[1]} for at, one in best.items()}
+
+
+def _first_batch(config: StreamConfig, position: int, environment: dict[str, str]) -> dict[str, float]:
+    """One process of `resume`."""
     stream = Stream(Dataset.open(config.path), config, dp_rank=0, dp_size=1)
     here, passed = stream.planner.start, 0
     while passed < position:
@@ -100,28 +117,42 @@ def resume(config: StreamConfig, position: int) -> dict[str, float]:
     }
     keys = ("path", "split", "seq_len", "global_batch")
     given = json.dumps([{key: getattr(config, key) for key in keys}, state])
-    started = time.perf_counter()
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     command = [sys.executable, "-c", _RESUME]
+    started = time.monotonic()
     done = subprocess.run(command, input=given, capture_output=True, text=True, check=True, env=environment)
-    return {**json.loads(done.stdout), "process": time.perf_counter() - started}
+    *marks, cpu = json.loads(done.stdout)
+    parts = dict(zip(_PARTS, np.diff([started, *marks]).tolist(), strict=True))
+    return {"process": marks[-1] - started, "cpu": cpu, **parts}
 
 
+def _start(arguments: list[str], environment: dict[str, str], runs: int) -> float:
+    """Seconds in which an interpreter starts and ends, the fastest of `runs`."""
+    best = float("inf")
+    for _ in range(runs):
+        started = time.monotonic()
+        subprocess.run([sys.executable, *arguments], env=environment, check=True)
+        best = min(best, time.monotonic() - started)
+    return best
+
+
+_PARTS = ("python", "numpy", "imports", "open", "first_batch")
+# Linux's monotonic clock is one for all processes.
 _RESUME = """
-import json, sys, time
-z = time.perf_counter()
-import torch
-a, cpu = time.perf_counter(), time.process_time()
+import time
+marks = [time.monotonic()]
+import numpy
+marks.append(time.monotonic())
+import json, sys
 from polylepis.data.dataset import Dataset
 from polylepis.data.stream import Stream, StreamConfig
-b = time.perf_counter()
+marks.append(time.monotonic())
 fields, state = json.load(sys.stdin)
 stream = Stream(Dataset.open(fields["path"]), StreamConfig(**fields), dp_rank=0, dp_size=1, state=state)
-c = time.perf_counter()
-stream.next()
-d = time.perf_counter()
-found = {"torch": a - z, "imports": b - a, "open": c - b, "first_batch": d - c, "cpu": time.process_time() - cpu}
-print(json.dumps(found))
+marks.append(time.monotonic())
+step = stream.next()
+marks.append(time.monotonic())
+assert step.rows["tokens"].size and "torch" not in sys.modules
+print(json.dumps([*marks, time.process_time()]))
 """
 
 
@@ -217,9 +248,11 @@ def report(result: dict[str, Any]) -> str:
     for at, seconds in result["resume"].items():
         ms = {name: f"{1e3 * value:.0f} ms" for name, value in seconds.items()}
         lines.append(
-            f"resume after {at} documents: imports without torch {ms['imports']}, opened in {ms['open']}, first batch "
-            f"{ms['first_batch']} later ({ms['cpu']} of CPU together); torch {ms['torch']}, process {ms['process']}"
+            f"resume after {at} documents: {ms['process']} from process start to the first batch, as arrays without "
+            f"torch ({ms['cpu']} of CPU):\n  python {ms['python']} (of which site-packages' .pth files {ms['site']}), "
+            f"numpy {ms['numpy']}, our imports {ms['imports']}, open {ms['open']}, batch {ms['first_batch']}"
         )
+    lines.append(f"not among it: a process that imports torch, as a trainer does, {result['torch']:.2f} s")
     lines += [f"{name}: {what}" for name, what in result["peers"].items()]
     memory = result["resident"]
     lines.append(

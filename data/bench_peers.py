@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-PEERS = ("litdata", "mosaicml-streaming")
+PEERS = ("litdata", "mosaicml-streaming", "megatron-energon")
 _SECONDS = 600
 Samples = Iterator[dict[str, Any]]
 
@@ -24,13 +26,14 @@ Samples = Iterator[dict[str, Any]]
 def measure(name: str, python: str, path: Path, split: str, samples: int) -> dict[str, Any]:
     """{version, raw, tokens, decoded (samples per CPU second)} of a peer, or {error: why not}."""
     command = [python, "-m", "polylepis.data.bench_peers", name, str(path), split, str(samples)]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path[1:]))}
-    if python != sys.executable:  # its packages first; ours are found through the package's own root
-        environment["PYTHONPATH"] = str(Path(__file__).resolve().parents[2])
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=_SECONDS)
-    except subprocess.TimeoutExpired:
-        return {"error": f"no result within {_SECONDS} s"}
+    with tempfile.TemporaryDirectory() as path_entry:
+        # Another interpreter knows nothing of this installation, and a checkout's folder can have any name.
+        (Path(path_entry) / "polylepis").symlink_to(Path(__file__).resolve().parents[1])
+        environment = {**os.environ, "PYTHONPATH": path_entry}
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=_SECONDS)
+        except subprocess.TimeoutExpired:
+            return {"error": f"no result within {_SECONDS} s"}
     if done.returncode == 0:
         return json.loads(done.stdout.splitlines()[-1])
     lines = done.stderr.strip().splitlines()
@@ -59,7 +62,50 @@ def _mosaic(folder: Path, members: Callable[[], Samples], work: Path) -> Callabl
     return lambda: iter(StreamingDataset(local=str(work), shuffle=True, batch_size=1))
 
 
-_OPEN = dict(zip(PEERS, (_litdata, _mosaic), strict=True))
+def _energon(folder: Path, members: Callable[[], Samples], work: Path) -> Callable[[], Samples]:
+    """Reads our tars as they are; only its own counts and index are made beside them."""
+    from megatron import energon
+    from megatron.energon.epathlib import EPath
+    from megatron.energon.flavors.webdataset import prepare
+
+    preparator = next(value for name, value in vars(prepare).items() if name.startswith("WebdatasetPrep"))
+    paths = sorted(tar.name for tar in folder.glob("*.tar"))
+    preparator.prepare_dataset(EPath(folder), paths, split_parts_ratio=[("train", 1.0)], shuffle_seed=None, workers=1)
+    crude = {"__module__": "megatron.energon", "__class__": "CrudeWebdataset"}
+    (folder / ".nv-meta" / "dataset.yaml").write_text(json.dumps(crude))
+
+    @dataclass
+    class Raw(energon.Sample):  # type: ignore[misc]
+        members: dict[str, Any]
+
+    def cook(raw: dict[str, Any]) -> Raw:
+        return Raw(**energon.basic_sample_keys(raw), members=raw)
+
+    class AsItIs(energon.DefaultTaskEncoder):  # type: ignore[misc]
+        decoder = None
+        cookers = (energon.Cooker(energon.stateless(cook)),)
+
+        @energon.stateless
+        def batch(self, samples: list[Any]) -> list[Any]:
+            return samples
+
+    def read() -> Samples:
+        workers = energon.WorkerConfig(rank=0, world_size=1, num_workers=0)
+        chosen = energon.get_train_dataset(
+            str(folder),
+            worker_config=workers,
+            batch_size=None,
+            shuffle_buffer_size=1000,
+            max_samples_per_sequence=100,
+            repeat=False,
+            task_encoder=AsItIs(),
+        )
+        return (sample.members for sample in energon.get_loader(chosen))
+
+    return read
+
+
+_OPEN = dict(zip(PEERS, (_litdata, _mosaic, _energon), strict=True))
 
 
 def main(name: str, path: str, split: str, samples: str) -> None:
@@ -122,8 +168,8 @@ def _member(sample: dict[str, Any], start: str) -> Any:
 
 
 def _cpu() -> float:
-    found = os.times()
-    return found.user + found.system + found.children_user + found.children_system
+    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(found.ru_utime + found.ru_stime for found in used)
 
 
 if __name__ == "__main__":

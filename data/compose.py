@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .codecs import Codec
 from .errors import DataError
-from .tokenizer import Tokenizer
 from .vocabulary import Vocabulary
+
+if TYPE_CHECKING:
+    from .codecs import Codec
+    from .tokenizer import Tokenizer
 
 Content = str | Sequence[int] | np.ndarray
 Span = tuple[str, Content]

@@ -21,10 +21,11 @@ import numpy as np
 
 from .codecs import LogMelKMeans, PatchKMeans
 from .compose import Composer, Span
-from .dataset import Dataset, codec_file, fingerprints, write_manifest
+from .dataset import Dataset
 from .errors import DataError
 from .folders import check_target, install
 from .index import ShardIndex
+from .manifest import codec_file, fingerprints, write_manifest
 from .shards import Sample, ShardWriter
 from .tokenizer import TextTokenizer
 from .vocabulary import Vocabulary

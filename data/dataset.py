@@ -1,34 +1,33 @@
-"""A data set folder: manifest, tokenizer, codecs, shards and their indices, opened with every claim checked."""
+"""A data set folder: manifest, tokenizer, codecs, shards and their indices, opened with every claim checked.
+
+What a start needs is little: tokenizer, codecs and file systems are imported where they are first used.
+"""
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .codecs import Codec, load_codec
-from .compose import Composer
 from .errors import BadSampleError, DataError
-from .files import sha256_file, write_atomic
-from .index import BLOCK, ShardIndex, TextReading, index_path, scan_shard
+from .files import is_url, sha256_file
+from .index import BLOCK, ShardIndex, index_path
 from .latents import LatentFormat, LatentRows, slot_counts, to_float
-from .remote import RemoteFolder, RemoteShards, is_url
-from .shards import ShardFiles
-from .tokenizer import TOKENIZER_FILES, Tokenizer, load_tokenizer
+from .manifest import MANIFEST, codec_file, find_tokenizer, fingerprints, read_manifest
+from .pread import ShardFiles
 from .vocabulary import Vocabulary
 
-MANIFEST = "manifest.json"
-MANIFEST_VERSION = 1
-
-
-def codec_file(modality: str) -> str:
-    """Name of a modality's codec inside the folder."""
-    return f"{modality}.codec.npz"
+if TYPE_CHECKING:
+    from .codecs import Codec
+    from .compose import Composer
+    from .remote import RemoteFolder
+    from .scan import TextReading
+    from .tokenizer import Tokenizer
 
 
 @dataclass
@@ -152,7 +151,7 @@ class Dataset:
         path: the folder.
         manifest: contents of manifest.json.
         identity: 64 hexadecimal digits, the hash of the manifest; it goes into every checkpoint.
-        vocabulary, tokenizer, codecs: what the tokens mean.
+        vocabulary: what the tokens mean.
         splits: name -> `Split`.
     """
 
@@ -160,9 +159,21 @@ class Dataset:
     manifest: dict[str, Any]
     identity: str
     vocabulary: Vocabulary
-    tokenizer: Tokenizer
-    codecs: dict[str, Codec]
     splits: dict[str, Split]
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        """Of the text modality."""
+        from .tokenizer import load_tokenizer
+
+        return load_tokenizer(self.path / find_tokenizer(self.path, self.manifest))
+
+    @cached_property
+    def codecs(self) -> dict[str, Codec]:
+        """Modality -> codec, for all but text."""
+        from .codecs import load_codec
+
+        return {modality: load_codec(self.path / codec_file(modality)) for modality in self.vocabulary.modalities[1:]}
 
     @property
     def latent_format(self) -> LatentFormat | None:
@@ -172,6 +183,8 @@ class Dataset:
     @property
     def composer(self) -> Composer:
         """Builds documents and prompts of this data set's vocabulary."""
+        from .compose import Composer
+
         return Composer(self.vocabulary, self.tokenizer, self.codecs)
 
     def split(self, name: str) -> Split:
@@ -195,7 +208,11 @@ class Dataset:
                 shard that is missing, truncated, foreign (its index tells of another tar, or other vocabularies, or
                 the manifest does not list it) or without index.
         """
-        remote = RemoteFolder(str(path)) if is_url(path) else None
+        remote = None
+        if is_url(path):
+            from .remote import RemoteFolder
+
+            remote = RemoteFolder(str(path))
         root = remote.local if remote else Path(path)
         if remote:
             remote.fetch(MANIFEST, fresh=True)
@@ -203,35 +220,46 @@ class Dataset:
         if remote:
             for file, entry in manifest["files"].items():
                 remote.fetch(file, size=entry["bytes"], sha256=entry["sha256"])
-        vocabulary = Vocabulary.from_json(manifest["vocabulary"])
-        tokenizer_file = find_tokenizer(root, manifest)
-        expected: dict[str, str] = manifest["fingerprints"]
-        tokenizer = load_tokenizer(root / tokenizer_file)
-        codecs: dict[str, Codec] = {m: load_codec(root / codec_file(m)) for m in vocabulary.modalities[1:]}
-        found = fingerprints(vocabulary, tokenizer, codecs)
-        for name, value in found.items():
-            if expected.get(name) != value:
-                file = "vocabulary" if name == "vocabulary" else tokenizer_file if name == "text" else codec_file(name)
-                raise DataError(
-                    f"{root / file}: fingerprint {value[:12]} differs from {str(expected.get(name))[:12]} in the "
-                    "manifest: the shards were made with another one; restore it or build the data set again"
-                )
-        form = LatentFormat.of(codecs)
-        stated = LatentFormat.from_json(manifest["latents"]) if "latents" in manifest else None
-        if form != stated:
-            raise DataError(f"{root / MANIFEST}: its latents are {stated}, its codecs make {form}")
+        opened = cls(root, manifest, identity, Vocabulary.from_json(manifest["vocabulary"]), {})
+        opened._check_meanings()
+        expected, form = manifest["fingerprints"], opened.latent_format
         listed = {shard["name"] for shards in manifest["splits"].values() for shard in shards}
         stray = [] if remote else sorted(tar.name for tar in root.glob("*.tar") if tar.name not in listed)
         if stray:
             raise DataError(f"{root / stray[0]} is not in the manifest: a foreign shard; move it out of the folder")
-        splits = {
-            name: _open_split(root, name, shards, expected, remote, form) for name, shards in manifest["splits"].items()
-        }
+        for name, shards in manifest["splits"].items():
+            opened.splits[name] = _open_split(root, name, shards, expected, remote, form)
         if "text" in manifest:
-            compose = Composer(vocabulary, tokenizer, codecs)
-            for split in splits.values():
+            compose = opened.composer
+            for split in opened.splits.values():
                 split.encode = lambda text: compose.document([("text", text)])
-        return cls(root, manifest, identity, vocabulary, tokenizer, codecs, splits)
+        return opened
+
+    def _check_meanings(self) -> None:
+        """Refuses a vocabulary, tokenizer or codec other than those that the shards were made with.
+
+        A file that hashes as it did when the manifest was written has the fingerprint that was written with it; it is
+        loaded only when it does not.
+        """
+        expected, listed = self.manifest["fingerprints"], self.manifest["files"]
+        files = {"text": find_tokenizer(self.path, self.manifest)}
+        files |= {modality: codec_file(modality) for modality in self.vocabulary.modalities[1:]}
+        paths = {self.path / file: listed.get(file, {}).get("sha256") for file in files.values()}
+        changed = not all(path.is_file() and sha256_file(path) == sha256 for path, sha256 in paths.items())
+        found = {"vocabulary": self.vocabulary.fingerprint}
+        if changed:
+            found = fingerprints(self.vocabulary, self.tokenizer, self.codecs)
+        for name, value in found.items():
+            if expected.get(name) != value:
+                raise DataError(
+                    f"{self.path / files.get(name, name)}: fingerprint {value[:12]} differs from "
+                    f"{str(expected.get(name))[:12]} in the manifest: the shards were made with another one; restore "
+                    "it or build the data set again"
+                )
+        if changed or "latents" in self.manifest:
+            form, stated = LatentFormat.of(self.codecs), self.latent_format
+            if form != stated:
+                raise DataError(f"{self.path / MANIFEST}: its latents are {stated}, its codecs make {form}")
 
     def validate(self) -> Iterator[tuple[str, int]]:
         """Reads everything: hashes of all files, indices against the tars, every sample's tokens and spans.
@@ -242,6 +270,9 @@ class Dataset:
         Raises:
             DataError: the first thing that is wrong.
         """
+        from .remote import RemoteShards
+        from .scan import scan_shard
+
         for name, entry in self.manifest["files"].items():
             if sha256_file(self.path / name) != entry["sha256"]:
                 raise DataError(f"{self.path / name}: sha256 differs from the manifest")
@@ -288,19 +319,13 @@ class Dataset:
         self.composer.decode(tokens, vectors)
 
 
-def find_tokenizer(root: Path, manifest: Mapping[str, Any]) -> str:
-    """Name of the tokenizer's file that a manifest lists; DataError when it lists none."""
-    for name in TOKENIZER_FILES:
-        if name in manifest["files"]:
-            return name
-    raise DataError(f"{root / MANIFEST} lists no tokenizer ({' or '.join(TOKENIZER_FILES)})")
-
-
 def text_reading(manifest: Mapping[str, Any], composer: Composer, split: str) -> TextReading | None:
     """How the tars of an adopted data set are read; None for one whose shards hold tokens."""
     text = manifest.get("text")
     if text is None:
         return None
+    from .scan import TextReading
+
     return TextReading(
         extension=text["extension"],
         max_tokens=text["max_tokens"],
@@ -309,79 +334,6 @@ def text_reading(manifest: Mapping[str, Any], composer: Composer, split: str) ->
         modalities=composer.vocabulary.modalities,
         encode=composer.tokenizer.encode,
     )
-
-
-def fingerprints(vocabulary: Vocabulary, tokenizer: Tokenizer, codecs: Mapping[str, Codec]) -> dict[str, str]:
-    """Name -> fingerprint of all that gives tokens their meaning."""
-    return {
-        "vocabulary": vocabulary.fingerprint,
-        "text": tokenizer.fingerprint,
-        **{modality: codec.fingerprint for modality, codec in codecs.items()},
-    }
-
-
-def read_manifest(root: Path) -> tuple[dict[str, Any], str]:
-    """The manifest of a folder and its hash; DataError when there is none or it is of another version."""
-    file = root / MANIFEST
-    if not file.is_file():
-        raise DataError(f"{root} is no data set: {MANIFEST} is missing; make one with: polylepis data build quickstart")
-    raw = file.read_bytes()
-    try:
-        manifest = json.loads(raw)
-        version = manifest["version"]
-        missing = {"vocabulary", "fingerprints", "splits", "files", "generator"} - set(manifest)
-    except (ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{file} is not a manifest ({error!r})") from error
-    if version != MANIFEST_VERSION or missing:
-        raise DataError(f"{file}: version {version}, fields missing: {sorted(missing)}; this reads {MANIFEST_VERSION}")
-    return manifest, hashlib.sha256(raw).hexdigest()
-
-
-def write_manifest(
-    root: Path,
-    *,
-    name: str,
-    generator: Mapping[str, Any],
-    provenance: Mapping[str, Any],
-    composer: Composer,
-    splits: Mapping[str, list[ShardIndex]],
-    text: Mapping[str, Any] | None = None,
-) -> None:
-    """Writes manifest.json, the last file of a build: a folder without it is no data set.
-
-    `text` says how adopted tars are read; see `TextReading`.
-    """
-    shards = {
-        split: [
-            {
-                "name": index.header["tar"],
-                "bytes": index.header["bytes"],
-                "sha256": index.header["sha256"],
-                "n_samples": len(index),
-                "tokens": dict(
-                    zip(composer.vocabulary.modalities, index.modality_lengths.sum(axis=0).tolist(), strict=True)
-                ),
-            }
-            for index in indices
-        ]
-        for split, indices in splits.items()
-    }
-    form = LatentFormat.of(composer.codecs)
-    names = [composer.tokenizer.file, *(codec_file(modality) for modality in composer.codecs)]
-    manifest = {
-        "version": MANIFEST_VERSION,
-        "name": name,
-        "generator": dict(generator),
-        "provenance": dict(provenance),
-        "modalities": list(composer.vocabulary.modalities),
-        "vocabulary": composer.vocabulary.to_json(),
-        "fingerprints": fingerprints(composer.vocabulary, composer.tokenizer, composer.codecs),
-        "files": {f: {"bytes": (root / f).stat().st_size, "sha256": sha256_file(root / f)} for f in names},
-        "splits": shards,
-        **({"text": dict(text)} if text is not None else {}),
-        **({"latents": form.to_json()} if form is not None else {}),
-    }
-    write_atomic(root / MANIFEST, (json.dumps(manifest, indent=1, sort_keys=True) + "\n").encode())
 
 
 def _open_split(
@@ -438,7 +390,7 @@ def _open_split(
         token_offset=join("token_offset"),
         token_bytes=join("token_bytes"),
         token_crc32=join("token_crc32"),
-        files=RemoteShards(remote, shards) if remote else ShardFiles([root / shard["name"] for shard in shards]),
+        files=remote.shards(shards) if remote else ShardFiles([root / shard["name"] for shard in shards]),
         root=remote.url if remote else str(root),
         latent_format=form,
         latent_rows=LatentRows.join(rows) if form else None,

@@ -30,11 +30,13 @@ from .codecs import (
     open_picture_model,
 )
 from .compose import Composer, Span
-from .dataset import MANIFEST, Dataset, fingerprints, write_manifest
+from .dataset import Dataset
 from .errors import DataError
 from .files import write_atomic
-from .index import ShardIndex, cut_text, index_path
+from .index import ShardIndex, index_path
 from .latents import LatentFormat
+from .manifest import MANIFEST, fingerprints, write_manifest
+from .scan import cut_text
 from .shards import Sample, ShardWriter
 from .sources import (
     IMAGE,

@@ -29,6 +29,11 @@ def fsync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+def is_url(path: object) -> bool:
+    """Whether this names a file system other than the local one, e.g. s3://bucket/folder."""
+    return "://" in str(path)
+
+
 def sha256_file(path: Path) -> str:
     """The file's sha256 as 64 hexadecimal digits.
 

@@ -8,9 +8,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from .dataset import MANIFEST, Dataset, codec_file, read_manifest
+from .dataset import Dataset
 from .errors import DataError
 from .files import fsync_folder
+from .manifest import MANIFEST, codec_file, read_manifest
 
 
 def check_target(target: Path, generator: Mapping[str, Any], *, force: bool) -> bool:

@@ -9,10 +9,12 @@ from typing import Any
 import numpy as np
 
 from .compose import Composer
-from .dataset import MANIFEST, Dataset, Split, find_tokenizer, read_manifest, text_reading
+from .dataset import Dataset, Split, text_reading
 from .errors import DataError
-from .index import ShardIndex, energon_path, index_path, save_energon, scan_shard
+from .index import ShardIndex, energon_path, index_path, save_energon
+from .manifest import MANIFEST, find_tokenizer, read_manifest
 from .packing import PackPlan, permute, shuffle_quality
+from .scan import scan_shard
 from .tokenizer import load_tokenizer
 from .vocabulary import Vocabulary
 

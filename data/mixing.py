@@ -16,7 +16,7 @@ import heapq
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from fractions import Fraction
+from math import gcd
 
 import numpy as np
 
@@ -65,16 +65,18 @@ class Schedule:
 
     def __init__(self, weights: Sequence[float]) -> None:
         self.n_sources = len(weights)
-        exact = [Fraction(weight) for weight in weights]
+        ratios = [weight.as_integer_ratio() for weight in weights]
+        scale = max(denominator for _, denominator in ratios)  # of floats: powers of two
+        exact = [numerator * (scale // denominator) for numerator, denominator in ratios]
         # (weight, tie-breaker, leaf number or (left, right, left share, both)); zero weights are never drawn.
-        heap: list[tuple[Fraction, int, object]] = [(w, i, i) for i, w in enumerate(exact) if w]
+        heap: list[tuple[int, int, object]] = [(w, i, i) for i, w in enumerate(exact) if w]
         heapq.heapify(heap)
         order = self.n_sources
         while len(heap) > 1:
             light, heavy = heapq.heappop(heap), heapq.heappop(heap)
             both = light[0] + heavy[0]
-            share = light[0] / both
-            node = (light[2], heavy[2], share.numerator, share.denominator)
+            common = gcd(light[0], both)
+            node = (light[2], heavy[2], light[0] // common, both // common)
             heapq.heappush(heap, (both, order, node))
             order += 1
         self._root = heap[0][2]

@@ -18,7 +18,9 @@ from .packing import PackPlan, permute
 
 _STYLE = """body{font:15px/1.45 system-ui,sans-serif;margin:2em auto;max-width:70em;padding:0 1em;color:#222}
 table{border-collapse:collapse}td,th{padding:.2em .8em;text-align:right}td:first-child,th:first-child{text-align:left}
-.sample{border-top:1px solid #ccc;padding:.6em 0}.sample img{image-rendering:pixelated;height:96px;margin-right:1em}
+.sample{border-top:1px solid #ccc;padding:.6em 0;display:flex;flex-wrap:wrap;gap:.4em 1.2em;align-items:center}
+.sample>small:first-child{flex-basis:100%}.sample p{margin:0}figure{margin:0;text-align:center}
+figcaption{color:#777;font-size:80%}.sample img{image-rendering:pixelated;height:96px}
 .pack{display:flex;height:14px;margin:2px 0;background:#eee}.pack a{display:flex;margin-right:1px}
 .pack i{height:100%}small{color:#777}.legend i{display:inline-block;width:1em;height:1em;margin:0 .3em 0 1em}"""
 
@@ -125,12 +127,12 @@ def _packs(dataset: Dataset, split: Split, count: int, seq_len: int, window: int
 def _sample(dataset: Dataset, split: Split, sample: int) -> Iterator[str]:
     meta, members = split.meta(sample), split.members(sample)
     head = html.escape(f"{split.key(sample)} · {meta['kind']} · {split.lengths[sample]} tokens")
-    yield f"<div class=sample><small>{head}</small><br>"
+    yield f"<div class=sample><small>{head}</small>"
     for modality, content in dataset.composer.decode(split.tokens(sample), split.vectors(sample)):
         if isinstance(content, str):
             yield f"<p>{html.escape(content)}</p>"
         elif content.dtype == np.uint8 and content.ndim in (2, 3):
-            yield _image(content, "decoded from its codes")
+            yield _image(content, "from its codes")
         elif content.dtype == np.uint8:
             yield f"<pre>{html.escape(hex_dump(content))}</pre>"
         elif isinstance(dataset.codecs.get(modality), SeriesCodec):
@@ -146,8 +148,7 @@ def _sample(dataset: Dataset, split: Split, sample: int) -> Iterator[str]:
         else:
             yield f"<p><small>{html.escape(modality)}: {content.dtype} {list(content.shape)}</small></p>"
     if "png" in members:
-        data = base64.b64encode(members["png"]).decode()
-        yield f'<img alt="original" title="original" src="data:image/png;base64,{data}">'
+        yield _png(members["png"], "original")
     if "wav" in members:
         yield _sound(members["wav"], "original")
     yield "</div>"
@@ -183,13 +184,20 @@ def _image(pixels: np.ndarray, title: str) -> str:
 
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, format="PNG")
-    data = base64.b64encode(buffer.getvalue()).decode()
-    return f'<img alt="{title}" title="{title}" src="data:image/png;base64,{data}">'
+    return _png(buffer.getvalue(), title)
+
+
+def _png(png: bytes, title: str) -> str:
+    data = base64.b64encode(png).decode()
+    return f'<figure><img alt="{title}" src="data:image/png;base64,{data}"><figcaption>{title}</figcaption></figure>'
 
 
 def _sound(wav: bytes, title: str) -> str:
     data = base64.b64encode(wav).decode()
-    return f'<audio controls title="{title}" src="data:audio/wav;base64,{data}"></audio>'
+    return (
+        f'<figure><audio controls title="{title}" src="data:audio/wav;base64,{data}"></audio>'
+        f"<figcaption>{title}</figcaption></figure>"
+    )
 
 
 def _wav(samples: np.ndarray, rate: int) -> bytes:

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
-import torch
-import torch.distributed as dist
 
 from .errors import BadSampleError, DataError
+
+if TYPE_CHECKING:
+    import torch.distributed as dist
 
 # New bad samples of one rank in one step that are told to the others by name; more than these end the run.
 _TOLD = 16
@@ -169,6 +170,9 @@ def tell(found: Sequence[Entry], group: dist.ProcessGroup | None) -> list[Entry]
     """
     if group is None:
         return sorted(found)
+    import torch
+    import torch.distributed as dist
+
     device = "cuda" if dist.get_backend(group) == "nccl" else "cpu"
     mine = np.zeros((1 + _TOLD, 4), dtype=np.int64)
     mine[0, 0] = len(found)

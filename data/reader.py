@@ -6,8 +6,6 @@ change a batch. What is read ahead is not yet consumed; the stream's state knows
 
 from __future__ import annotations
 
-import logging
-import multiprocessing
 import threading
 import time
 from collections import deque
@@ -16,11 +14,10 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from .batch import Batch, Slots, add_latents, collate
+from .batch import Rows, Slots, add_latents, lay_out
 from .errors import BadSampleError, DataError
 from .plan import Planner, Position, StepPlan
 
-log = logging.getLogger("polylepis.data")
 _RESTARTS = 3  # of dead workers, without a step in between
 
 
@@ -50,11 +47,11 @@ class Order(NamedTuple):
 class Found(NamedTuple):
     """What came back: a batch of all rows of the rank, and (source, sample, number of the reason, message) of bad ones.
 
-    As tensors: from a worker they come through unlinked shared memory, and the message in the pipe stays so small that
-    it is written whole or not at all, also by a worker that is killed.
+    Arrays, from a worker as tensors: they come through unlinked shared memory, and the message in the pipe stays so
+    small that it is written whole or not at all, also by a worker that is killed.
     """
 
-    rows: Batch
+    rows: Rows
     bad: list[tuple[int, int, int, str]]
 
 
@@ -98,7 +95,7 @@ class Reader:
                         row.append(np.zeros(int(self.splits[source].lengths[sample]), dtype=np.int64))
                 rows.append(row)
                 latents.append(vectors)
-        batch = collate(rows, self.seq_len, self.table, self.weights, max_documents=order.most)
+        batch = lay_out(rows, self.seq_len, self.table, self.weights, max_documents=order.most)
         if self.slots is not None:
             add_latents(batch, latents, self.slots, self.weights)
         return Found(batch, bad)
@@ -145,7 +142,7 @@ class Watch:
                 since, where, sample = self._doing
                 waited = time.monotonic() - since
                 if waited >= self.seconds:
-                    log.error("reading stalls: %.0f s so far on %s", waited, where(sample))
+                    _log().error("reading stalls: %.0f s so far on %s", waited, where(sample))
             if self._done.wait(self.seconds):
                 return
 
@@ -168,7 +165,7 @@ class Ahead:
         self.workers, self.prefetch = workers, prefetch
         self._at: Position | None = None
         self._planned: deque[StepPlan] = deque()
-        self._loader: Iterator[Found] | None = None
+        self._loader: Iterator[Any] | None = None
 
     def read(self, position: Position) -> tuple[StepPlan, Found]:
         """The step at `position`; the next one is expected to be asked for at its `after`.
@@ -184,7 +181,7 @@ class Ahead:
                 self.close()
                 self._loader = self._start(position)
             try:
-                found = next(self._loader)
+                rows, bad = next(self._loader)
                 break
             except RuntimeError as error:
                 if "DataLoader" not in str(error):
@@ -195,12 +192,12 @@ class Ahead:
                         f"data workers died {_RESTARTS + 1} times at draw {position.draws} "
                         f"({' '.join(str(error).split())}); is there enough memory for data.workers {self.workers}?"
                     ) from error
-                log.warning("a data worker died; reading again from draw %d on", position.draws)
+                _log().warning("a data worker died; reading again from draw %d on", position.draws)
         plan = self._planned.popleft()
         self._at = plan.after
-        return plan, found
+        return plan, Found({name: tensor.numpy() for name, tensor in rows.items()}, bad)
 
-    def _start(self, position: Position) -> Iterator[Found]:
+    def _start(self, position: Position) -> Iterator[Any]:
         self._planned.clear()
         self._at = position
 
@@ -212,6 +209,8 @@ class Ahead:
                 here = plan.after
                 yield self.cut(plan)
 
+        import multiprocessing
+
         from torch.utils.data import DataLoader
 
         # A fork of a process that has threads (collectives, CUDA) can hang: the server forks before there are any.
@@ -222,7 +221,7 @@ class Ahead:
             sampler=orders(),
             num_workers=self.workers,
             prefetch_factor=self.prefetch,
-            collate_fn=_as_it_is,
+            collate_fn=_to_shared,
             multiprocessing_context=context,
         )
         return iter(loader)
@@ -235,5 +234,14 @@ class Ahead:
         self._planned.clear()
 
 
-def _as_it_is(found: Any) -> Any:
-    return found
+def _log() -> Any:
+    import logging  # a start without a word to say is faster by it
+
+    return logging.getLogger("polylepis.data")
+
+
+def _to_shared(found: Any) -> tuple[dict[str, Any], list[tuple[int, int, int, str]]]:
+    """A worker's `Found` as tensors."""
+    import torch
+
+    return {name: torch.from_numpy(array) for name, array in found.rows.items()}, found.bad

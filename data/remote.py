@@ -21,17 +21,12 @@ from typing import Any, TypeVar
 
 from .errors import BadSampleError, DataError
 from .files import fsync_folder, sha256_file
-from .shards import ShardFiles
+from .pread import ShardFiles
 
 log = logging.getLogger("polylepis.data")
 _TRIES = 6
 _CHUNK = 1 << 22
 T = TypeVar("T")
-
-
-def is_url(path: object) -> bool:
-    """Whether this names a file system other than the local one, e.g. s3://bucket/folder."""
-    return "://" in str(path)
 
 
 class RemoteFolder:
@@ -71,6 +66,10 @@ class RemoteFolder:
         self.range_bytes = _gigabytes("POLYLEPIS_RANGE_GB", 4) if range_bytes is None else range_bytes
         self.first_wait = first_wait
         self.local.mkdir(parents=True, exist_ok=True)
+
+    def shards(self, entries: list[dict[str, Any]]) -> RemoteShards:
+        """The shards that a manifest lists."""
+        return RemoteShards(self, entries)
 
     def size(self, name: str) -> int:
         """Bytes of a remote file; DataError when it is missing or cannot be reached."""

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-import numpy as np
-import torch
-import torch.distributed as dist
+import zlib
+from typing import TYPE_CHECKING
 
-from .batch import Batch, Slots
+import numpy as np
+
+from .batch import Batch, Rows, Slots
+
+if TYPE_CHECKING:
+    import torch.distributed as dist
 
 # Every field but the weights fits int64; positions in this order.
 _WHOLE = ("tokens", "labels", "modality_ids", "doc_ids", "position_ids")
@@ -14,18 +18,22 @@ _WHOLE = ("tokens", "labels", "modality_ids", "doc_ids", "position_ids")
 
 def is_reader(group: dist.ProcessGroup | None) -> bool:
     """Whether this rank reads for its group (its first rank does); without a group every rank reads."""
-    return group is None or dist.get_group_rank(group, dist.get_rank()) == 0
+    if group is None:
+        return True
+    import torch.distributed as dist
+
+    return dist.get_group_rank(group, dist.get_rank()) == 0
 
 
 def share(
-    rows: Batch | None,
+    rows: Rows | None,
     n_bad: int,
     *,
     shape: tuple[int, int],
     most: int,
     group: dist.ProcessGroup,
     slots: Slots | None = None,
-) -> Batch:
+) -> Rows:
     """The reader's rows on every rank of `group`: broadcasts of fixed size, whatever the batch holds.
 
     Args:
@@ -37,8 +45,11 @@ def share(
         slots: how latents lie in the batch, where there are such.
 
     Returns:
-        The batch; `n_bad` comes along as a tensor of one element under "n_bad".
+        The batch; `n_bad` comes along as an array of one element under "n_bad".
     """
+    import torch
+    import torch.distributed as dist
+
     device = "cuda" if dist.get_backend(group) == "nccl" else "cpu"
     n, seq_len = shape
     room = slots.most if slots else 0
@@ -47,31 +58,33 @@ def share(
         whole = torch.empty(sum(sizes), dtype=torch.int64, device=device)
         weights = torch.empty(n, seq_len + room, dtype=torch.float32, device=device)
     else:
-        fields = [rows[name].reshape(-1) for name in _WHOLE]
-        fields += [rows["cu_seqlens"].reshape(-1).long(), *([rows["latent_pos"].reshape(-1)] if slots else [])]
-        whole = torch.cat([*fields, torch.tensor([n_bad])]).to(device)
-        weights = torch.cat([rows["loss_weight"], *([rows["latent_weight"]] if slots else [])], dim=1).to(device)
+        names = [*_WHOLE, "cu_seqlens", *(["latent_pos"] if slots else [])]
+        fields = [rows[name].reshape(-1).astype(np.int64) for name in names]
+        whole = torch.from_numpy(np.concatenate([*fields, [n_bad]])).to(device)
+        loss = [rows["loss_weight"], *([rows["latent_weight"]] if slots else [])]
+        weights = torch.from_numpy(np.concatenate(loss, axis=1)).to(device)
     dist.broadcast(whole, group_src=0, group=group)
     dist.broadcast(weights, group_src=0, group=group)
-    parts = torch.split(whole.cpu(), sizes)
-    batch = {name: part.reshape(shape).clone() for name, part in zip(_WHOLE, parts, strict=False)}
-    batch["loss_weight"] = weights[:, :seq_len].cpu().contiguous()
-    batch["cu_seqlens"] = parts[-3].reshape(n, most + 1).to(torch.int32)
+    parts, both = np.split(whole.cpu().numpy(), np.cumsum(sizes)[:-1]), weights.cpu().numpy()
+    batch = {name: part.reshape(shape) for name, part in zip(_WHOLE, parts, strict=False)}
+    batch["loss_weight"] = np.ascontiguousarray(both[:, :seq_len])
+    batch["cu_seqlens"] = parts[-3].reshape(n, most + 1).astype(np.int32)
     if slots:
-        # As bytes: not every backend sends both 16-bit types.
-        empty = torch.empty(n, room, slots.width, dtype=getattr(torch, slots.dtype))
-        bits = (empty if rows is None else rows["latents"].contiguous()).view(torch.uint8).to(device)
+        # As bytes: not every backend sends 16-bit types.
+        found = np.empty((n, room, slots.width), dtype=np.uint16) if rows is None else rows["latents"]
+        bits = torch.from_numpy(np.ascontiguousarray(found).view(np.uint8)).to(device)
         dist.broadcast(bits, group_src=0, group=group)
-        batch["latents"] = bits.cpu().view(empty.dtype)
-        batch["latent_pos"] = parts[-2].reshape(n, room).clone()
-        batch["latent_weight"] = weights[:, seq_len:].cpu().contiguous()
+        batch["latents"] = bits.cpu().numpy().view(np.uint16)
+        batch["latent_pos"] = parts[-2].reshape(n, room)
+        batch["latent_weight"] = np.ascontiguousarray(both[:, seq_len:])
     batch["n_bad"] = parts[-1]
     return batch
 
 
 def same_everywhere(batch: Batch, group: dist.ProcessGroup) -> bool:
     """Whether all ranks of `group` hold the same bits: a check for tests and for every so many steps."""
-    import zlib
+    import torch
+    import torch.distributed as dist
 
     total = 0
     for name in sorted(batch):

@@ -10,22 +10,26 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
-import torch.distributed as dist
 
-from .batch import Batch, Slots, collate, mask, micro_batches, weight_vector
+from .batch import Batch, Rows, Slots, collate, mask, weight_vector
 from .dataset import Dataset
 from .deal import Deal, Dealt, PackFacts, check_dealt, check_divides, dealt_digest
 from .errors import DataError
 from .latents import most_in_a_row, slot_table
 from .mixing import Mix, Source, Stage
-from .mock import MockDataset
 from .plan import Pack, Place, Planner, Position, StepPlan, digest, flat, short
 from .quarantine import Entry, Ledger, QuarantineConfig, tell
 from .reader import Ahead, Found, Order, Reader
 from .share import is_reader, share
+from .step import Step
+
+if TYPE_CHECKING:
+    import torch.distributed as dist
+
+    from .mock import MockDataset
 
 __all__ = ["Batch", "QuarantineConfig", "Source", "Stage", "Step", "Stream", "StreamConfig", "collate", "weight_vector"]
 
@@ -93,45 +97,6 @@ class StreamConfig:
         """The schedule over the sources, in the order of their names; DataError for unusable weights."""
         weights = {name: self.sources[name].weight for name in sorted(self.sources)}
         return Mix(weights or {ALONE: 1.0}, self.stages)
-
-
-@dataclass(frozen=True)
-class Step:
-    """One optimizer step's data, as one rank sees it.
-
-    Attributes:
-        index: number of the step, from 0.
-        micro_batches: this rank's batches; see `batch.collate`.
-        total_weight: sum of all planned loss weights of the *global* batch (quarantined samples included).
-        target_tokens: targets of the global batch by modality (of the label).
-        tokens: tokens of the global batch by modality, padding not counted.
-        doc_digest: hash of the global batch: its documents, their order and rows (16 hexadecimal digits).
-        epoch: the epoch that the step's first pack belongs to.
-        source_tokens: tokens of the global batch by source.
-        stage: number of the stage of the mix, from 0.
-        masked: tokens of the global batch that are in quarantine.
-        attended: pairs of a token and itself or an earlier one of its document, Σ n(n+1)/2 over the global batch.
-        latents: continuous latents of the global batch by modality, for the modalities that are continuous.
-        latent_weight: sum of their planned weights, the denominator of a loss on them.
-        agreed: what all ranks must have in common: `doc_digest`, or a hash of it and of how packs are dealt out.
-        dealt: what the function that deals packs out says of it, for the metrics.
-    """
-
-    index: int
-    micro_batches: list[Batch]
-    total_weight: float
-    target_tokens: dict[str, int]
-    tokens: dict[str, int]
-    doc_digest: str
-    epoch: int
-    source_tokens: dict[str, int] = field(default_factory=dict)
-    stage: int = 0
-    masked: int = 0
-    attended: int = 0
-    latents: dict[str, int] = field(default_factory=dict)
-    latent_weight: float = 0.0
-    agreed: str = ""
-    dealt: dict[str, float] = field(default_factory=dict)
 
 
 class Stream:
@@ -268,7 +233,7 @@ class Stream:
         dealt, batch_digest = self._dealt(plan), digest("", plan.packs)
         step = Step(
             index=self._step,
-            micro_batches=micro_batches(found.rows, self.config.micro_batch),
+            rows=found.rows,
             total_weight=float((targets * self._weights.astype(np.float64)).sum()),
             target_tokens=self._named(targets),
             tokens=self._named(per_modality),
@@ -282,6 +247,8 @@ class Stream:
             latent_weight=float((latents * self._weights.astype(np.float64)).sum()),
             agreed=batch_digest if dealt is None else dealt_digest(batch_digest, dealt.order),
             dealt={} if dealt is None else dealt.facts,
+            micro_batch=self.config.micro_batch,
+            slots=self._slots,
         )
         self._position, self._ledger = plan.after, ledger
         self._step += 1
@@ -376,7 +343,7 @@ class Stream:
             group=self.model_group,
             slots=self._slots,
         )
-        n_bad = int(rows.pop("n_bad"))
+        n_bad = int(rows.pop("n_bad")[0])
         bears = self.config.quarantine.max_per_source > 0 and self.group is not None
         if n_bad and found is None and not bears:
             raise DataError(
@@ -437,7 +404,7 @@ class Stream:
             return []
         return [(pack.source, sample) for sample in pack.samples.tolist() if (pack.source, sample) in ledger]
 
-    def _mask(self, plan: StepPlan, rows: Batch, ledger: Ledger) -> None:
+    def _mask(self, plan: StepPlan, rows: Rows, ledger: Ledger) -> None:
         """Takes what the ledger lists out of this rank's rows."""
         for row, (source, samples) in enumerate(self._cut(plan).packs):
             start = 0
@@ -451,7 +418,7 @@ class Stream:
         return dict(zip(self._modalities, counts.tolist(), strict=True))
 
 
-Opened = dict[str, tuple[Dataset | MockDataset, str]]
+Opened: TypeAlias = "dict[str, tuple[Dataset | MockDataset, str]]"
 
 
 def open_sources(dataset: Dataset | MockDataset, config: StreamConfig) -> Opened:
@@ -465,7 +432,7 @@ def open_sources(dataset: Dataset | MockDataset, config: StreamConfig) -> Opened
     opened: Opened = {}
     for name in sorted(config.sources):
         source = config.sources[name]
-        if isinstance(dataset, MockDataset) or source.path in ("", config.path):
+        if not isinstance(dataset, Dataset) or source.path in ("", config.path):
             opened[name] = (dataset, source.split)
             continue
         try:

@@ -17,9 +17,6 @@ _BYTE_PIECE = re.compile(r"<0x([0-9A-F]{2})>")
 _SPACE = "\u2581"  # sentencepiece's visible space
 
 
-TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json")
-
-
 class Tokenizer(Protocol):
     """Text to local ids 0..vocab_size-1 and back. Attributes: file, the name that `save`'s file has in a data set."""
 

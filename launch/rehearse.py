@@ -125,7 +125,7 @@ def small_mesh(mesh: Any, limit: int) -> Any:
             break
         sizes[axis] = 1
     ep = math.gcd(capped.ep, sizes["dp_shard"] * sizes["cp"])
-    return MeshConfig(**sizes, ep=ep)
+    return MeshConfig(**sizes, ep=ep, ep_spare=capped.ep_spare if ep > 1 else 0)
 
 
 def small_run(config: Any, world: int, limit: int) -> None:
@@ -153,6 +153,7 @@ def small_run(config: Any, world: int, limit: int) -> None:
             model=replace(small.model, pattern=pattern),
             pipeline=pipeline,
             data=replace(small.data, seq_len=length, global_batch=rows, micro_batch=1),
+            train=replace(small.train, overlap_dispatch=config.train.overlap_dispatch and mesh.ep > 1),
         )
         check_run(small, mesh.n_processes)
         axes = " × ".join(f"{axis} {size}" for axis, size in vars(mesh).items() if size > 1) or "one process"

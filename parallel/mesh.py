@@ -29,6 +29,8 @@ class MeshConfig:
         pp: pipeline ranks, the outermost axis: each holds one stage of layers, or several (`PipelineConfig.chunks`).
         ep: expert-parallel ranks, over which the experts of a layer are dealt out. They are ranks of dp_shard × cp,
             whatever tp and cp do to attention: ep divides that product and adds no processes.
+        ep_spare: slots that each expert-parallel rank has besides its share of a layer's experts, for second copies of
+            experts with many tokens.
     """
 
     dp_replicate: int = 1
@@ -37,6 +39,7 @@ class MeshConfig:
     tp: int = 1
     pp: int = 1
     ep: int = 1
+    ep_spare: int = 0
 
     __pydantic_config__ = {"extra": "forbid"}
 
@@ -44,7 +47,8 @@ class MeshConfig:
         """The same mesh with `dp_shard` filled in.
 
         Raises:
-            PlanError: an axis < 1, a product that is not the world size, or an ep that does not divide dp_shard × cp.
+            PlanError: an axis < 1, a product that is not the world size, an ep that does not divide dp_shard × cp, or
+                spare slots without expert parallelism.
         """
         if min(self.dp_replicate, self.cp, self.tp, self.pp, self.ep) < 1 or (
             self.dp_shard < 1 and self.dp_shard != -1
@@ -67,6 +71,11 @@ class MeshConfig:
             raise PlanError(
                 f"mesh: ep {self.ep} does not divide dp_shard {shard} × cp {self.cp} = {shard * self.cp}, whose "
                 f"ranks it takes; accepted: {', '.join(map(str, fitting))}"
+            )
+        if self.ep_spare < 0 or (self.ep_spare and self.ep == 1):
+            raise PlanError(
+                f"mesh: ep_spare {self.ep_spare} with ep {self.ep}; accepted: 0, or a number ≥ 1 where ep is ≥ 2: one "
+                "rank that holds all experts has no use for second copies"
             )
         return replace(self, dp_shard=shard)
 
@@ -106,6 +115,7 @@ class Mesh:
         tokens: axes `pp, dp_replicate, dp_shard, cp, tp` over the same ranks: what tokens lie on.
         experts: axes `pp, dp_replicate, edp, ep, tp` over the same ranks, where edp × ep = fsdp: what experts lie on;
             None without expert parallelism, where they lie on `device_mesh` like everything else.
+        ep_spare: see `MeshConfig`.
     """
 
     device_mesh: DeviceMesh
@@ -113,6 +123,7 @@ class Mesh:
     device: torch.device
     context: ContextConfig = field(default_factory=ContextConfig)
     experts: DeviceMesh | None = None
+    ep_spare: int = 0
 
     @property
     def pp_group(self) -> dist.ProcessGroup:
@@ -229,4 +240,4 @@ def build_mesh(
     if sizes.ep > 1:
         shape = (pp, replicate, shard * cp // sizes.ep, sizes.ep, tp)
         experts = init_device_mesh(kind, shape, mesh_dim_names=("pp", "dp_replicate", "edp", "ep", "tp"))
-    return Mesh(parameters, tokens, device, context or ContextConfig(), experts)
+    return Mesh(parameters, tokens, device, context or ContextConfig(), experts, sizes.ep_spare)

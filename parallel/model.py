@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,10 +20,11 @@ from .kinds.attention import AttentionConfig
 from .kinds.base import Mixer, NewTokens, Shape
 from .kinds.mamba import MambaConfig
 from .kinds.mlp import MLPConfig
-from .kinds.moe import MoEConfig, check_experts
+from .kinds.moe import Meanwhile, MoE, MoEConfig, check_experts
 from .layout import Layout
 from .megatron import gather_sequence, scatter_sum_sequence
 from .mesh import ContextConfig, Mesh, MeshConfig
+from .overlap import interleave
 from .parts import Init, Part, PartModule, add_part, local
 from .pattern import parse_pattern
 from .pipeline.stage import Stage, whole_model
@@ -154,7 +156,7 @@ class ModelConfig:
         if mesh.ep > 1 and not layers:
             raise PlanError(f"mesh: ep {mesh.ep}, but the pattern {self.pattern} has no expert layer E")
         for layer in layers:
-            check_experts(layer, mesh.ep)
+            check_experts(layer, mesh.ep, mesh.ep_spare)
 
 
 def norm_part(width: int) -> Part:
@@ -191,12 +193,14 @@ class Block(PartModule):
         add_part(self, "norm.weight", norm_part(shape.d_model), mesh)
         self.mixer: Mixer = kind.mixer(config, shape, mesh, kind.parts(config, shape))
 
-    def forward(self, x_TD: Tensor, layout: Layout) -> Tensor:
-        return self.run(x_TD, layout)
+    def forward(self, x_TD: Tensor, layout: Layout, meanwhile: Meanwhile | None = None) -> Tensor:
+        """One layer; `meanwhile` is for one with experts, see `MoE.forward` (such a layer cannot be recomputed: what it
+        calls would be repeated as well)."""
+        return self.run(x_TD, layout) if meanwhile is None else self._run(x_TD, layout, meanwhile)
 
-    def _run(self, x_TD: Tensor, layout: Layout) -> Tensor:
+    def _run(self, x_TD: Tensor, layout: Layout, *meanwhile: Meanwhile) -> Tensor:
         normed = rms_norm(x_TD, local(self.norm.weight, partial=True), self.eps)
-        mixed = self.mixer(gather_sequence(normed, self.mesh.tp_group), layout)
+        mixed = self.mixer(gather_sequence(normed, self.mesh.tp_group), layout, *meanwhile)
         return x_TD + scatter_sum_sequence(mixed, self.mesh.tp_group)
 
 
@@ -244,15 +248,43 @@ class HybridModel(PartModule):
         Raises:
             PlanError: T is not divisible by tp.
         """
-        group = self.mesh.tp_group
-        if self.stage.embeds:
-            cut_tokens(x.shape[0], 1, self.mesh.tp_size, "contiguous")
-            x = scatter_sum_sequence(embed_local(x, local(self.embed.weight), self.mesh.tp_rank), group)
-        x_TD = x
+        x_TD = self._embedded(x) if self.stage.embeds else x
         for block in self.layers.values():
             x_TD = block(x_TD, layout)
-        if not self.stage.predicts:
-            return x_TD
+        return self._predicted(x_TD, labels_T) if self.stage.predicts else x_TD
+
+    def forward_pair(
+        self, tokens: Sequence[Tensor], layouts: Sequence[Layout], labels: Sequence[Tensor]
+    ) -> tuple[Tensor, ...]:
+        """The cross-entropy of two micro-batches, as `forward` has it for one, of a whole model: while the rows of one
+        travel to experts and back, layers of the other compute (`overlap.py`).
+
+        Autograd runs nodes in the reverse order of their making, so one backward of both losses is interleaved alike.
+        Where FSDP shards the model this method must be known to it (`register_fsdp_forward_method`).
+        """
+        blocks = [block for block in self.layers.values() if isinstance(block, Block)]
+        streams = [self._embedded(x) for x in tokens]
+
+        def run(batch: int, layers: Sequence[int]) -> None:
+            for layer in layers:
+                streams[batch] = blocks[layer](streams[batch], layouts[batch])
+
+        for turn in interleave([isinstance(block.mixer, MoE) for block in blocks]):
+            at, other = turn.batch, 1 - turn.batch
+            *plain, last = turn.layers
+            run(at, plain)
+            meanwhile = (partial(run, other, turn.out), partial(run, other, turn.back))
+            hides = (meanwhile,) if turn.out or turn.back else ()
+            streams[at] = blocks[last](streams[at], layouts[at], *hides)
+        return tuple(self._predicted(x_TD, labels_T) for x_TD, labels_T in zip(streams, labels, strict=True))
+
+    def _embedded(self, tokens_T: Tensor) -> Tensor:
+        cut_tokens(tokens_T.shape[0], 1, self.mesh.tp_size, "contiguous")
+        rows = embed_local(tokens_T, local(self.embed.weight), self.mesh.tp_rank)
+        return scatter_sum_sequence(rows, self.mesh.tp_group)
+
+    def _predicted(self, x_TD: Tensor, labels_T: Tensor | None) -> Tensor:
+        group = self.mesh.tp_group
         normed = rms_norm(x_TD, local(self.final_norm.weight, partial=True), self.config.norm_eps)
         logits = self._logits(gather_sequence(normed, group))
         return logits if labels_T is None else vocab_parallel_cross_entropy(logits, labels_T, group)

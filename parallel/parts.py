@@ -21,6 +21,7 @@ from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Sha
 from .errors import PlanError
 from .megatron import sum_gradient
 from .mesh import Mesh
+from .placement import primaries
 
 ROWS_PER_BLOCK = 4096
 EXPERTS = "experts."
@@ -48,7 +49,8 @@ class Part:
         init: the initial distribution.
         tp_dim: the dimension sharded over tensor-parallel ranks, None for a replicated part.
         decay: whether weight decay applies.
-        entries: names of the bank's entries, () for a part that is not routed.
+        entries: names of the bank's entries, () for a part that is not routed. On an expert-parallel mesh with spare
+            slots an expert may have several.
         suffix: what stands between the part's name and the entry's in a checkpoint key: `experts.` for a bank of
             experts, whose entries expert parallelism deals out, else nothing.
     """
@@ -235,13 +237,14 @@ def fsdp_placement(module: nn.Module) -> dict[nn.Parameter, Shard | None]:
 def split_bank(value: Tensor, part: Part, name: str) -> dict[str, Tensor]:
     """The entries of a bank (or of its optimizer state) as tensors of their own that share its memory.
 
-    Under expert parallelism only this rank's experts: each is a tensor on the ranks that hold it.
+    Under expert parallelism only this rank's experts: each is a tensor on the ranks that hold it. Of an expert with
+    several slots only the primary one: replicas hold the same.
     """
     if not part.entries or value.dim() != len(part.shape) + 1:
         return {name: value}
-    keys = part.entry_names(name)
+    keys, kept = part.entry_names(name), primaries(part.entries)
     if not isinstance(value, DTensor):
-        return dict(zip(keys, value.unbind(0), strict=True))
+        return {key: entry for key, entry, keep in zip(keys, value.unbind(0), kept, strict=True) if keep}
     names, mesh = value.device_mesh.mesh_dim_names or (), value.device_mesh
     placements: list[Placement] = []
     for axis, placement in zip(names, value.placements, strict=True):
@@ -250,14 +253,16 @@ def split_bank(value: Tensor, part: Part, name: str) -> dict[str, Tensor]:
                 raise PlanError(f"{name}: a bank sharded over its entries cannot be split into them")
             share = len(keys) // mesh["ep"].size()
             first = mesh.get_local_rank("ep") * share
-            keys, mesh = keys[first : first + share], mesh[tuple(other for other in names if other != "ep")]
+            keys, kept = keys[first : first + share], kept[first : first + share]
+            mesh = mesh[tuple(other for other in names if other != "ep")]
         else:
             placements.append(Shard(placement.dim - 1) if isinstance(placement, Shard) else placement)
     shape = torch.Size(value.shape[1:])
     stride = torch.empty(shape, device="meta").stride()
     return {
         key: DTensor.from_local(entry, mesh, placements, run_check=False, shape=shape, stride=stride)
-        for key, entry in zip(keys, value.to_local().unbind(0), strict=True)
+        for key, entry, keep in zip(keys, value.to_local().unbind(0), kept, strict=True)
+        if keep
     }
 
 

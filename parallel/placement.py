@@ -1,12 +1,14 @@
 """Where experts lie, from how many tokens they get: EPLB's algorithm as pure functions, one layer at a time.
 
 A *placement* is a sequence with one expert number per slot; slots are dealt out to the ranks in runs, rank 0's first.
-Without replicas it is a permutation. Source: DeepSeek-AI, EPLB (2025).
+Without replicas it is a permutation; of an expert's slots the first is its *primary* one. Source: DeepSeek-AI, EPLB
+(2025).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from .errors import PlanError
 
@@ -93,6 +95,19 @@ def place_experts(
         for members in pack_evenly(share, n_ranks // n_nodes):
             placed += [experts[slots[m]] for m in members]
     return tuple(placed)
+
+
+def first_slots(n_experts: int, n_ranks: int, spare: int = 0) -> tuple[int, ...]:
+    """The expert of every slot before anything has been counted: each rank has its run of the experts and, in `spare`
+    slots more, copies of those that come next (the first ones after the last)."""
+    share = n_experts // n_ranks
+    return tuple((rank * share + i) % n_experts for rank in range(n_ranks) for i in range(share + spare))
+
+
+def primaries(placement: Sequence[Any]) -> list[bool]:
+    """Of every slot, whether it is its expert's primary one."""
+    first: dict[Any, int] = {}
+    return [first.setdefault(expert, slot) == slot for slot, expert in enumerate(placement)]
 
 
 def rank_loads(loads: Sequence[float], placement: Sequence[int], n_ranks: int) -> list[float]:

@@ -109,6 +109,42 @@ def dispatch(ids: Tensor, n_entries: int, group: dist.ProcessGroup | None) -> Di
     return Dispatch(_sorted(ids, here), group, sent, received, _sorted(arriving, counts))
 
 
+@dataclass(frozen=True)
+class Slots:
+    """Where the experts of a layer lie: `placement.py`'s sequence as tensors.
+
+    Attributes:
+        order: int64 [S], slots sorted by their expert.
+        first: int64 [E], where in `order` an expert's slots begin.
+        copies: int64 [E], how many it has.
+    """
+
+    order: Tensor
+    first: Tensor
+    copies: Tensor
+
+    @classmethod
+    def of(cls, placement: Tensor, n_experts: int) -> Slots:
+        """Of the expert of every slot, int64 [S]; every expert has one."""
+        copies = torch.bincount(placement, minlength=n_experts)
+        return cls(torch.argsort(placement, stable=True), copies.cumsum(0) - copies, copies)
+
+    def of_rows(self, experts: Tensor, turn: int) -> Tensor:
+        """The slot of each row, int64 [T]: the rows of an expert take its slots in turn, beginning with the `turn`-th.
+
+        A pure function of the rows' order. Ranks begin at different turns, so that remainders do not meet on one slot.
+        """
+        if len(self.order) == len(self.first):
+            return self.order[experts]
+        by_expert = torch.argsort(experts, stable=True)
+        ordered = experts[by_expert]
+        begins = torch.searchsorted(ordered, torch.arange(len(self.first), device=experts.device))
+        turns = torch.arange(len(experts), device=experts.device) - begins[ordered] + turn
+        slots = torch.empty_like(experts)
+        slots[by_expert] = self.order[self.first[ordered] + turns % self.copies[ordered]]
+        return slots
+
+
 class Journey:
     """Rows on their way; `arrive` waits for them. Gradients go the same way back."""
 

@@ -82,7 +82,7 @@ def layer_volume(
     elif isinstance(layer, AttentionConfig) and mesh.cp > 1:
         _attention(over_cp, layer, mesh, context, n_tokens, itemsize)
     elif isinstance(layer, MoEConfig) and mesh.ep > 1:
-        over_ep.add("all_to_all", layer.n_experts, 8)  # counts; then rows there and back
+        over_ep.add("all_to_all", layer.n_experts + mesh.ep * mesh.ep_spare, 8)  # counts; then rows there and back
         over_ep.add("all_to_all", n_tokens // mesh.cp * layer.top_k * config.d_model, itemsize, 2)
     return over_tp, over_cp, over_ep
 

@@ -54,6 +54,8 @@ class TrainConfig:
         loads: a run folder or checkpoint whose measured expert loads predictions start from; empty takes even ones.
         placement: which experts lie on which expert-parallel rank: `dealt` out in runs, or by `load`, after every
             `checkpoint_every` steps anew.
+        overlap_dispatch: two micro-batches pass the model at once; while rows of one travel to their experts, layers of
+            the other compute. Their activations live at the same time.
     """
 
     steps: int = 1000
@@ -69,6 +71,7 @@ class TrainConfig:
     assign: Literal["order", "cost"] = "order"
     loads: str = ""
     placement: Literal["dealt", "load"] = "dealt"
+    overlap_dispatch: bool = False
 
     __pydantic_config__ = {"extra": "forbid"}
 

@@ -116,16 +116,17 @@ def finish_experts(engine: Engine) -> dict[str, list[float] | float]:
 
 
 def place_by_load(engine: Engine) -> None:
-    """Move the experts of all layers so that the ep ranks would have had even loads in the last step.
+    """Move (and, in spare slots, replicate) the experts of all layers so that the ep ranks would have had even loads.
 
-    A pure function of `expert_load`, which checkpoints hold: a run that resumes where it was called moves them alike.
+    A pure function of `expert_load_mean`, which checkpoints hold: a run that resumes where it was called moves them
+    alike.
     """
     assert isinstance(engine.optimizer, torch.optim.Optimizer), "checked before start"
     placements = {}
     for index, layer in expert_layers(engine).items():
-        loads = layer.expert_load.sum(dim=0).tolist()
+        loads = layer.expert_load_mean.double().sum(dim=0).tolist()
         if any(loads):
-            placements[index] = place_experts(loads, len(loads), engine.mesh.ep_size)
+            placements[index] = place_experts(loads, len(layer.slots), engine.mesh.ep_size)
     replace_experts(engine.models, engine.optimizer, placements)
 
 

@@ -10,12 +10,13 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from ..checkpoints.manifest import newest_checkpoint, step_of
+from ..checkpoints.manifest import newest_checkpoint, read_manifest, step_of
 from ..data import mock
 from ..data.dataset import Dataset
 from ..data.deal import Deal
 from ..data.stream import Stream
 from ..parallel.context import cut_tokens
+from ..parallel.mesh import MeshConfig
 from ..parallel.pipeline.config import check_split_backward, cut_stages
 from ..parallel.pipeline.cost import Roofline, Setting, layer_seconds
 from ..parallel.pipeline.devices import DEVICES
@@ -28,6 +29,11 @@ from .plan.loads import busiest_ranks, read_loads
 # What may change between the runs that share a folder: where and how long it trains, not what is trained on what.
 READING = ("data.micro_batch", "data.workers", "data.prefetch", "data.stall_seconds", "data.path")
 PLAN = ("mesh.", "context.", "pipeline.", "recompute.", "engine", "deepspeed.")
+# Of a model's configuration, what its weights do not depend on.
+TRAINING_ONLY = (
+    "model.init_std:",
+    *(f"model.moe.{k}:" for k in ("aux_sequence", "aux_global", "z_loss", "capacity_factor", "bias_update_rate")),
+)
 FREE_KEYS = (*PLAN, "train.", "tracking.", "health.", "name", "folder", *READING)
 
 
@@ -54,6 +60,7 @@ def check_run(config: RunConfig, world_size: int) -> None:
         raise ConfigError(f"train.steps: must be at least 1, not {config.train.steps}")
     config.train.keep_rules()
     check_placement(config)
+    check_overlap(config, mesh)
     config.model.check_context(mesh, config.context)
     config.model.check_experts(mesh)
     cut_tokens(config.data.micro_batch * config.data.seq_len, mesh.cp, mesh.tp, config.context.order)
@@ -98,6 +105,41 @@ def check_placement(config: RunConfig) -> None:
         )
 
 
+def check_overlap(config: RunConfig, mesh: MeshConfig) -> None:
+    """Refuse `train.overlap_dispatch` where there is nothing to overlap, or somebody else orders the micro-batches.
+
+    Args:
+        mesh: resolved.
+
+    Raises:
+        ConfigError: with the numbers.
+    """
+    if not config.train.overlap_dispatch:
+        return
+    refused = "train.overlap_dispatch:"
+    if config.engine == "deepspeed":
+        raise ConfigError(f"{refused} needs engine: fsdp2, not deepspeed")
+    if mesh.ep == 1:
+        raise ConfigError(f"{refused} with mesh.ep 1 no rows travel; accepted: false, or ep ≥ 2")
+    if mesh.pp > 1:
+        raise ConfigError(
+            f"{refused} with mesh.pp {mesh.pp} the pipeline's schedule gives a stage one micro-batch at a time; "
+            "accepted: false, or pp 1"
+        )
+    if config.recompute.moe != "none":
+        raise ConfigError(
+            f"{refused} with recompute.moe {config.recompute.moe} the backward would repeat an expert layer together "
+            "with the other micro-batch's layers inside it; accepted: recompute.moe none, whatever the other kinds do"
+        )
+    dp = mesh.dp_replicate * mesh.dp_shard
+    rows, at_once = config.data.global_batch // dp, config.data.micro_batch
+    if rows < 2 * at_once:
+        raise ConfigError(
+            f"{refused} needs two micro-batches on each rank, but data.global_batch {config.data.global_batch} over dp "
+            f"{dp} is {rows} rows, and data.micro_batch is {at_once}; accepted: global_batch ≥ {2 * at_once * dp}"
+        )
+
+
 def stages_of(config: RunConfig, pp: int) -> tuple[Stage, ...]:
     """All pipeline stages of the run, cut by cost where neither pattern nor configuration says where.
 
@@ -107,12 +149,12 @@ def stages_of(config: RunConfig, pp: int) -> tuple[Stage, ...]:
     Raises:
         PlanError: see `cut_stages`.
     """
-    data, mesh = config.data, replace(config.mesh, dp_shard=1, dp_replicate=1, ep=1)
+    data, mesh = config.data, replace(config.mesh, dp_shard=1, dp_replicate=1, ep=1, ep_spare=0)
     itemsize, keys = config.train.compute_dtype.itemsize, (data.seq_len + 1) / 2
     setting = Setting(mesh, data.micro_batch * data.seq_len, keys, itemsize, context=config.context)
     if config.train.loads:
         loads, by_load = read_loads(Path(config.train.loads), config.model), config.train.placement == "load"
-        setting = replace(setting, busiest=busiest_ranks(loads, config.mesh.ep, by_load))
+        setting = replace(setting, busiest=busiest_ranks(loads, config.mesh, by_load))
     costs = layer_seconds(config.model, setting, Roofline(DEVICES["h100"]))
     return cut_stages(config.model, config.pipeline, pp, costs)
 
@@ -172,6 +214,11 @@ def check_all(config: RunConfig, world_size: int) -> None:
     """Everything that can be known before a process starts: sizes, data, plan, folder."""
     check_run(config, world_size)
     mesh = config.mesh.resolve(world_size)
+    if mesh.ep_spare and config.train.placement == "dealt":
+        raise ConfigError(
+            f"mesh.ep_spare: {mesh.ep_spare} spare slots on each rank for copies of experts with many tokens, but "
+            "train.placement: dealt does not look for those; accepted: ep_spare 0, or placement load"
+        )
     Stream(open_data(config), config.data, dp_rank=0, dp_size=mesh.dp_replicate * mesh.dp_shard)
     check_folder(config)
 
@@ -179,20 +226,32 @@ def check_all(config: RunConfig, world_size: int) -> None:
 def check_folder(config: RunConfig) -> None:
     """Refuse to continue another run in this folder.
 
+    An import that has not been trained yet takes any data, optimizer and seed.
+
     Raises:
         ConfigError: the folder holds a run of another model, data, optimizer or seed; names the first difference.
     """
     file = config.path / CONFIG_FILE
     if not file.is_file():
         return
-    differences = [line for line in differing_keys(load_config(str(file)), config) if not line.startswith(FREE_KEYS)]
+    newest = newest_checkpoint(config.checkpoints)
+    imported = newest is not None and bool(read_manifest(newest).get("weights_only"))
+    differences = differing_keys(load_config(str(file)), config)
+    if imported:  # weights to start from: only what they are weights of is settled
+        differences = [d for d in differences if d.startswith("model.") and not d.startswith(TRAINING_ONLY)]
+    else:
+        differences = [d for d in differences if not d.startswith(FREE_KEYS)]
     if differences:
         more = f" (and {len(differences) - 1} more)" if len(differences) > 1 else ""
+        if imported:
+            raise ConfigError(
+                f"{config.folder}: holds imported weights of a model that differs in {differences[0]}{more}; data, "
+                "optimizer and seed may be chosen freely"
+            )
         raise ConfigError(
             f"{config.folder}: holds a run that differs in {differences[0]}{more}; choose another folder=…, "
             f"or remove it"
         )
-    newest = newest_checkpoint(config.checkpoints)
     if newest is not None and step_of(newest) > config.train.steps:
         raise ConfigError(
             f"train.steps: {config.train.steps}, but {config.folder} has already trained to {newest.name}"

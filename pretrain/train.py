@@ -171,7 +171,7 @@ def build_engine(
     options["recompute"] = config.recompute
     if mesh.pp_size == 1:
         model = build_model(config.model, mesh, **options)
-        return FSDPEngine(model, build_optimizer(config.optim, model), objective)
+        return FSDPEngine(model, build_optimizer(config.optim, model), objective, config.train.overlap_dispatch)
     stages = stages_of(config, mesh.pp_size)
     models = build_stages(config.model, mesh, config.pipeline, stages, **options)
     optimizer = build_optimizer(config.optim, *models)

@@ -187,11 +187,12 @@ def verification(config: RunConfig, world_size: int) -> RunConfig:
     seq_len = 8 * mesh.cp * mesh.tp * -(-64 // (8 * mesh.cp * mesh.tp))
     data = replace(small.data, seq_len=seq_len, global_batch=rows, micro_batch=3)
     # A wider start than training's, so that every part of every layer matters to the loss.
-    return replace(small, data=data, model=replace(small.model, init_std=0.1))
+    train = replace(small.train, overlap_dispatch=config.train.overlap_dispatch)
+    return replace(small, data=data, train=train, model=replace(small.model, init_std=0.1))
 
 
 def cap_data_axes(mesh: MeshConfig) -> MeshConfig:
-    """Data-parallel axes of at most two: replicas, expert-parallel ranks, and ranks that share the same experts."""
+    """Data-parallel axes of at most two (replicas, ep ranks, ranks with the same experts); at most one spare slot."""
     ranks = mesh.dp_shard * mesh.cp
     ep = next(n for n in range(min(2, mesh.ep), mesh.ep + 1) if mesh.ep % n == 0)
     sharing = min(2, ranks // mesh.ep)
@@ -200,7 +201,9 @@ def cap_data_axes(mesh: MeshConfig) -> MeshConfig:
         for shard in range(min(2, mesh.dp_shard), mesh.dp_shard + 1)
         if shard * mesh.cp % ep == 0 and shard * mesh.cp // ep >= sharing
     ]
-    return replace(mesh, dp_replicate=min(2, mesh.dp_replicate), dp_shard=fitting[0], ep=ep)
+    return replace(
+        mesh, dp_replicate=min(2, mesh.dp_replicate), dp_shard=fitting[0], ep=ep, ep_spare=min(1, mesh.ep_spare)
+    )
 
 
 def verify_config(config: RunConfig, world_size: int) -> tuple[RunConfig, list[Line]]:
@@ -211,7 +214,8 @@ def verify_config(config: RunConfig, world_size: int) -> tuple[RunConfig, list[L
     check_run(plan, processes)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        alone = replace(plan, mesh=MeshConfig(dp_shard=1), recompute=RecomputeConfig())
+        plainly = replace(plan.train, overlap_dispatch=False)
+        alone = replace(plan, mesh=MeshConfig(dp_shard=1), recompute=RecomputeConfig(), train=plainly)
         for name, side in (("one", alone), ("plan", plan)):
             (folder / f"{name}.yaml").write_text(to_yaml(side))
         module = "polylepis.pretrain.verify"
@@ -231,6 +235,8 @@ def certificate(plan: RunConfig, lines: Sequence[Line]) -> str:
     axes = f"dp_replicate {mesh.dp_replicate} × dp_shard {mesh.dp_shard} × cp {mesh.cp} × tp {mesh.tp}"
     axes = f"pp {mesh.pp} ({plan.pipeline.schedule}) × {axes}" if mesh.pp > 1 else axes
     axes += f", of which ep {mesh.ep}" if mesh.ep > 1 else ""
+    axes += f" with {mesh.ep_spare} spare slot each" if mesh.ep_spare else ""
+    axes += ", dispatch overlapped" if plan.train.overlap_dispatch else ""
     head = [
         f"plan: {axes} (+ sequence parallelism) against one process, gloo on the CPU",
         f"model: {plan.model.pattern}, d_model {plan.model.d_model}, {', '.join(plan.model.modalities)}",

@@ -14,7 +14,7 @@ from ..errors import CheckpointError
 from ..transforms import Source
 
 SUPPORTED = (
-    "Mamba2ForCausalLM, NemotronHForCausalLM, GraniteMoeHybridForCausalLM (dense), PolylepisForCausalLM, "
+    "Mamba2ForCausalLM, NemotronHForCausalLM, GraniteMoeHybridForCausalLM, PolylepisForCausalLM, "
     "state-spaces/mamba2 and Megatron-LM hybrids"
 )
 
@@ -28,8 +28,10 @@ class Foreign:
         tensors: our logical tensors, read when they are asked for.
         context: its sequence length, as far as it says.
         notes: what is different here from there, one line each.
-        vocabulary: ranges of the modalities, where it is an export of ours that has them.
         origin: what it is, for the manifest.
+        vocabulary: ranges of the modalities, where it is an export of ours that has them.
+        specials: its ids for padding, begin and end of a document, None where it does not say.
+        data: a data set of ours whose vocabulary it has been given.
     """
 
     config: ModelConfig
@@ -38,6 +40,8 @@ class Foreign:
     notes: tuple[str, ...]
     origin: str
     vocabulary: Mapping[str, Any] | None = None
+    specials: tuple[int | None, int | None, int | None] = (None, None, None)
+    data: str | None = None
 
 
 def read_json(path: Path) -> dict[str, Any]:

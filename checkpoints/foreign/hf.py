@@ -1,4 +1,4 @@
-"""Hugging Face folders: Mamba2, NemotronH, dense GraniteMoeHybrid and our own exports.
+"""Hugging Face folders: Mamba2, NemotronH, GraniteMoeHybrid and our own exports.
 
 The export's rules are read backwards. What other writers do otherwise (`model.` for `backbone.`, stacked experts, tied
 embeddings, Granite's multipliers) is brought into the export's form by rules before.
@@ -18,7 +18,7 @@ from ...parallel.kinds.moe import MoEConfig
 from ...parallel.model import ModelConfig, config_from_mapping
 from ...parallel.pattern import parse_pattern
 from ..errors import CheckpointError
-from ..hf.layout import exported_shapes, imported
+from ..hf.layout import imported
 from ..hf.targets import Target
 from ..maps import Each, Fan, Scale, Unstack
 from ..sources import Safetensors, TorchFile
@@ -44,17 +44,11 @@ def read(folder: Path) -> Foreign:
     """
     values = read_json(folder / "config.json")
     settings = Settings(folder / "config.json", values)
-    readers: Mapping[Any, Callable[[Settings, Source], Understood]] = {
-        "mamba2": _mamba2,
-        "nemotron_h": _nemotron_h,
-        "granitemoehybrid": _granite,
-        "polylepis": _polylepis,
-    }
     kind = values.get("model_type")
-    if kind not in readers:
+    if kind not in READERS:
         raise CheckpointError(f"{settings.where}: model_type {kind!r} is not imported; {SUPPORTED} are")
     weights = open_weights(folder)
-    config, target, rules, notes = readers[kind](settings, weights)
+    config, target, rules, notes = READERS[kind](settings, weights)
     config = checked(settings, config)
     if settings.get("tie_word_embeddings", default=False):
         tied = {"granite": "model.embed_tokens.weight"}.get(target, "backbone.embeddings.weight")
@@ -68,7 +62,15 @@ def read(folder: Path) -> Foreign:
         tuple(notes),
         f"{(values.get('architectures') or [kind])[0]}, {folder.name}",
         values.get("vocabulary"),
+        (_token(values, "pad"), _token(values, "bos"), _token(values, "eos")),
     )
+
+
+def _token(values: Mapping[str, Any], name: str) -> int | None:
+    """One of the special ids; of several the first."""
+    found = values.get(f"{name}_token_id")
+    found = found[0] if isinstance(found, list) and found else found
+    return found if isinstance(found, int) else None
 
 
 def open_weights(folder: Path) -> Source:
@@ -219,13 +221,12 @@ def _granite(settings: Settings, weights: Source) -> Understood:
     settings.only("mamba_conv_bias", True)
     settings.only("hidden_act", "silu", "swish")
     settings.only("position_embedding_type", "nope", "rope")
-    if settings.get("num_local_experts", default=0):
-        raise settings.refuse(f"{settings.get('num_local_experts')} softmax-routed swiglu experts in every layer")
     _plain_time_steps(settings)
     types = [LAYER_TYPES.get(kind, "?") for kind in settings.need("layer_types", "layers_block_type")]
     if set(types) - set("M*"):
         raise settings.refuse(f"layers of type {', '.join(sorted(set(settings.need('layer_types'))))}")
     d, heads = settings.need("hidden_size"), settings.need("num_attention_heads")
+    n_experts = settings.get("num_local_experts", default=0)
     rope = settings.get("rope_parameters", "rope_scaling", default={})
     if settings.get("position_embedding_type") == "rope" and rope.get("rope_type", "default") != "default":
         raise settings.refuse(f"rope_type {rope['rope_type']!r}")
@@ -239,7 +240,7 @@ def _granite(settings: Settings, weights: Source) -> Understood:
         base if settings.get("position_embedding_type") == "rope" else None,
     )
     config = ModelConfig(
-        pattern="-".join(types) + "-",
+        pattern="".join(symbol + ("E" if n_experts else "-") for symbol in types),
         d_model=d,
         norm_eps=settings.get("rms_norm_eps", default=1e-6),
         init_std=settings.get("initializer_range", default=0.02),
@@ -253,10 +254,37 @@ def _granite(settings: Settings, weights: Source) -> Understood:
         ),
         attention=attention,
         mlp=MLPConfig(settings.need("shared_intermediate_size"), "swiglu"),
+        moe=_granite_experts(settings) if n_experts else MoEConfig(),
         **_vocabulary(settings),
     )
     rules, notes = _multipliers(settings, attention.head_dim, len(types), weights)
-    return config, "granite", rules, notes
+    if n_experts:
+        notes.append("experts have no selection bias there: model.moe.bias_update_rate is 0, and so is every balancing")
+    return config, "granite", [*rules, *GRANITE_IN_MEMORY], notes
+
+
+GRANITE_IN_MEMORY = tuple(
+    Rule((f"{{a*}}.block_sparse_moe.{memory}",), (f"{{a*}}.block_sparse_moe.{disk}.weight",))
+    for memory, disk in (
+        ("experts.gate_up_proj", "input_linear"),
+        ("experts.down_proj", "output_linear"),
+        ("router.weight", "router.layer"),
+    )
+)
+"""Names of expert layers as transformers has them in memory become names as on disk."""
+
+
+def _granite_experts(settings: Settings) -> MoEConfig:
+    """The softmax of the chosen logits is a softmax over all that is renormalised."""
+    return MoEConfig(
+        n_experts=settings.need("num_local_experts"),
+        top_k=settings.need("num_experts_per_tok"),
+        d_ff=settings.need("intermediate_size"),
+        d_ff_shared=settings.need("shared_intermediate_size"),
+        activation="swiglu",
+        router="softmax",
+        bias_update_rate=0.0,
+    )
 
 
 def _multipliers(settings: Settings, head_dim: int, n_layers: int, weights: Source) -> tuple[list[Rule], list[str]]:
@@ -267,11 +295,17 @@ def _multipliers(settings: Settings, head_dim: int, n_layers: int, weights: Sour
     factors = {"model.embed_tokens.weight": embedding, "lm_head.weight": head}
     for i in range(n_layers):
         name = f"model.layers.{i}"
-        ends = {"shared_mlp.output_linear": residual, "mamba.out_proj": residual, "self_attn.o_proj": residual}
-        factors |= {f"{name}.{end}.weight": factor for end, factor in ends.items()}
+        ends = ("shared_mlp.output_linear", "block_sparse_moe.output_linear", "mamba.out_proj", "self_attn.o_proj")
+        factors |= {f"{name}.{end}.weight": residual for end in ends}
         factors[f"{name}.self_attn.q_proj.weight"] = attention
     tied = settings.get("tie_word_embeddings", default=False) and "lm_head.weight" not in weights.specs()
-    rules = [Rule((n,), (n,), Scale(f)) for n, f in factors.items() if abs(f - 1) > 1e-7]
+    found = weights.specs()
+    stacked = {name: name.replace("output_linear.weight", "experts.down_proj") for name in factors}
+    rules = [
+        Rule((stacked[n] if stacked[n] in found else n,), (n,), Scale(f))
+        for n, f in factors.items()
+        if abs(f - 1) > 1e-7
+    ]
     folded = "Granite's multipliers are folded into the weights beside them, rounded to their dtype"
     notes = [folded] if rules else []
     if tied:
@@ -305,9 +339,16 @@ def _polylepis(settings: Settings, weights: Source) -> Understood:
     return config, "polylepis", [], []
 
 
-def expected_names(folder_config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Names and shapes on disk of the model that a `config.json` describes; reads no weights."""
+def described(folder_config: Mapping[str, Any]) -> tuple[ModelConfig, Target]:
+    """The model that a `config.json` describes, and the layout of its files; reads no weights."""
     settings = Settings("config.json", folder_config)
-    readers = {"mamba2": _mamba2, "nemotron_h": _nemotron_h, "granitemoehybrid": _granite, "polylepis": _polylepis}
-    config, target, _, _ = readers[folder_config["model_type"]](settings, TorchFile({}))
-    return exported_shapes(config, target)
+    config, target, _, _ = READERS[folder_config["model_type"]](settings, TorchFile({}))
+    return config, target
+
+
+READERS: Mapping[Any, Callable[[Settings, Source], Understood]] = {
+    "mamba2": _mamba2,
+    "nemotron_h": _nemotron_h,
+    "granitemoehybrid": _granite,
+    "polylepis": _polylepis,
+}

@@ -149,7 +149,7 @@ def _pickled(folder: Path) -> _Stored:
     if not found:
         raise CheckpointError(f"{folder}: neither .metadata (torch_dist) nor mp_rank_*/model_optim_rng.pt in it")
     args: Mapping[str, Any] = {}
-    files: dict[tuple[int, int, int], TorchFile] = {}
+    files: dict[tuple[int, int, int], list[TorchFile]] = {}
     for name, path in sorted(found.items()):
         match = _RANK.fullmatch(name)
         if match is None:
@@ -159,12 +159,7 @@ def _pickled(folder: Path) -> _Stored:
         stages = args.get("pipeline_model_parallel_size", 1) > 1
         first, second = (int(g) if g else 0 for g in match.groups()[1:])
         pipeline, expert = (first, second) if stages or match[3] else (0, first)
-        chunks = {k: v for k, v in values.items() if re.fullmatch(r"model\d*", k) and isinstance(v, Mapping)}
-        if set(chunks) != {"model"}:
-            raise CheckpointError(
-                f"{path}: holds {', '.join(sorted(chunks)) or 'no model'}; virtual pipeline stages are not imported"
-            )
-        files[int(match[1]), pipeline, expert] = TorchFile(_flat(chunks["model"]))
+        files[int(match[1]), pipeline, expert] = _chunks(values, path)
     tp, pp, ep = (max(key[k] for key in files) + 1 for k in range(3))
     absent = [(t, p, e) for t in range(tp) for p in range(pp) for e in range(ep) if (t, p, e) not in files]
     if absent:
@@ -172,10 +167,29 @@ def _pickled(folder: Path) -> _Stored:
     declared = args.get("tensor_model_parallel_size", tp), args.get("pipeline_model_parallel_size", pp)
     if declared != (tp, pp):
         raise CheckpointError(f"{folder}: files of tp {tp}, pp {pp}, but args say tp {declared[0]}, pp {declared[1]}")
-    merged = Merged({f"tp{t}.pp{p}.ep{e}:": files[t, p, e] for t, p, e in sorted(files)})
-    renamed = Transformed(merged, _global_layers(merged, tp, pp, ep))
+    virtual = args.get("virtual_pipeline_model_parallel_size") or 1
+    if {len(chunks) for chunks in files.values()} != {virtual}:
+        counts = sorted({len(chunks) for chunks in files.values()})
+        raise CheckpointError(f"{folder}: files of {counts} virtual pipeline stages, but args say {virtual}")
+    # The layers go through the first chunks of all ranks, then through the second ones, and so on.
+    merged = Merged(
+        {f"tp{t}.pp{v * pp + p}.ep{e}:": files[t, p, e][v] for v in range(virtual) for t, p, e in sorted(files)}
+    )
+    renamed = Transformed(merged, _global_layers(merged, tp, pp * virtual, ep))
     experts = tuple(tuple(f"tp{t}.ep{e}:" for t in range(tp)) for e in range(ep))
     return _Stored("mp_rank", args, renamed, experts[0], experts, packed=True)
+
+
+def _chunks(values: Mapping[str, Any], path: Path) -> list[TorchFile]:
+    """The model of one rank, or its virtual pipeline stages `model0`, `model1`, … in order."""
+    found = {k: v for k, v in values.items() if re.fullmatch(r"model\d*", k) and isinstance(v, Mapping)}
+    names = ["model"] if "model" in found else [f"model{k}" for k in range(max(len(found), 1))]
+    if sorted(found) != sorted(names):
+        raise CheckpointError(
+            f"{path}: holds {', '.join(sorted(found)) or 'no model'}; expected is model, or model0, model1 and so on "
+            "for virtual pipeline stages"
+        )
+    return [TorchFile(_flat(found[name])) for name in names]
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -20,16 +20,20 @@ from ..saving import write_checkpoint
 from ..transforms import Source
 from . import hf, mamba_ssm, megatron
 from .base import Foreign
+from .vocabulary import onto_data
 
 READERS = {"hf": hf.read, "mamba_ssm": mamba_ssm.read, "megatron": megatron.read}
 TOKENIZER = "foreign-tokenizer"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json")
 
 
-def import_run(kind: str, path: Path, out: Path, name: str) -> list[tuple[str, Any]]:
+def import_run(kind: str, path: Path, out: Path, name: str, data: Path | None = None) -> list[tuple[str, Any]]:
     """Read `path` and write the run folder `out`; rows for a table.
 
     The weights keep the dtype that they have there. Training that starts in the folder starts from them.
+
+    Args:
+        data: a data set of ours whose vocabulary the model shall have; without, ids stay as they are.
 
     Raises:
         CheckpointError: not such a checkpoint, or a model that our layers cannot express. Nothing is written then.
@@ -37,6 +41,8 @@ def import_run(kind: str, path: Path, out: Path, name: str) -> list[tuple[str, A
     if not path.is_dir():
         raise CheckpointError(f"{path}: no such folder")
     foreign = READERS[kind](path)
+    if data is not None:
+        foreign = onto_data(foreign, path, data)
     aside = out.parent / f".{out.name}.part"
     shutil.rmtree(aside, ignore_errors=True)
     try:
@@ -71,7 +77,7 @@ def write_run(folder: Path, foreign: Foreign, name: str, final: str) -> None:
         "name": name,
         "folder": final,
         "model": plain(foreign.config),
-        "data": {"path": "mock", "seq_len": foreign.context},
+        "data": {"path": foreign.data or "mock", "seq_len": foreign.context},
     }
     (folder / "config.yaml").write_text(yaml.safe_dump(settings, sort_keys=False))
     facts = {"step": 0, "data": {}, "weights_only": True, "origin": foreign.origin, "notes": list(foreign.notes)}

@@ -2,7 +2,7 @@
 
 `backbone` rules are NemotronH's and Mamba2's layout on disk; our own class has it with the Mamba projections apart
 (`in_proj.z.weight`), one tensor per modality where they are routed (`in_proj.z.image.weight`); GraniteMoeHybrid has
-one layer where we have two (mixer, then MLP). Read forwards the rules export, read backwards they import.
+one layer where we have two (mixer, then MLP or experts). Read forwards the rules export, read backwards they import.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 from ...parallel.kinds.base import HFKey
 from ...parallel.model import ModelConfig
 from ...parallel.parts import Part
-from ..maps import KEEP, Cast, Map, Pack, Unsqueeze
+from ..maps import KEEP, Cast, LeaveZero, Map, Pack, Unflatten, Unsqueeze
 from ..surgery import SENSITIVE
 from ..transforms import Rule, Source, Tensors, Transformed, check_tensors, invert
 from .targets import Target
@@ -118,11 +118,25 @@ def _granite(config: ModelConfig, shapes: Mapping[str, tuple[int, ...]]) -> Iter
             sources = tuple(f"{mixer}.mixer.{part}" for part in key.parts)
             yield _rule(shapes, f"{theirs}{module}.{key.name}", sources, key.unsqueeze)
         yield Rule((f"{mlp}.norm.weight",), (f"{theirs}post_attention_layernorm.weight",))
-        gated = tuple(f"{mlp}.mixer.{name}_proj.weight" for name in ("gate", "up"))
+        experts = config.symbols[index + 1] == "E"
+        if experts:
+            yield from _granite_experts(shapes, f"{mlp}.mixer.", theirs, config.layer(index + 1)[1].n_experts)
+        shared = f"{mlp}.mixer.shared." if experts else f"{mlp}.mixer."
+        gated = tuple(f"{shared}{name}_proj.weight" for name in ("gate", "up"))
         yield _rule(shapes, f"{theirs}shared_mlp.input_linear.weight", gated)
-        yield Rule((f"{mlp}.mixer.down_proj.weight",), (f"{theirs}shared_mlp.output_linear.weight",))
+        yield Rule((f"{shared}down_proj.weight",), (f"{theirs}shared_mlp.output_linear.weight",))
     yield Rule(("final_norm.weight",), ("model.norm.weight",))
     yield Rule(("lm_head.weight",), ("lm_head.weight",))
+
+
+def _granite_experts(shapes: Mapping[str, tuple[int, ...]], ours: str, theirs: str, n_experts: int) -> Iterator[Rule]:
+    """Stacks by expert under their names on disk, gate over up; a router without a selection bias."""
+    bias, block = f"{ours}selection_bias", f"{theirs}block_sparse_moe."
+    yield Rule((f"{ours}router.weight", bias), (f"{block}router.layer.weight",), LeaveZero(n_experts, bias))
+    for name, stems in (("input_linear", ("gate", "up")), ("output_linear", ("down",))):
+        parts = tuple(f"{ours}{stem}_proj.weight.experts.{j}" for j in range(n_experts) for stem in stems)
+        packed = Pack(tuple(shapes[part][0] for part in parts)).then(Unflatten(n_experts))
+        yield Rule(parts, (f"{block}{name}.weight",), packed)
 
 
 def layer_keys(config: ModelConfig, index: int, split: bool = False) -> Iterator[HFKey]:

@@ -36,10 +36,14 @@ def fresh_tensors(config: ModelConfig, seed: int = 0) -> Tensors:
     model = build_model(config, build_mesh(MeshConfig(dp_shard=1), "cpu"), seed=seed)
     generator = torch.Generator().manual_seed(seed)
     tensors = {}
+    experts = [index for index, symbol in enumerate(config.symbols) if symbol == "E"]
+    # Where training does not move it, a selection bias is zero, and a target may have no place for it.
+    moving = {f"layers.{i}.mixer.selection_bias" for i in experts if config.layer(i)[1].bias_update_rate}
     for name, tensor in model_tensors(model).items():
         whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
         noise = torch.rand(whole.shape, generator=generator) * 0.2
-        tensors[name] = whole.detach() + noise if whole.dim() == 1 else whole.detach()
+        moves = whole.dim() == 1 and (name in moving or not name.endswith("selection_bias"))
+        tensors[name] = whole.detach() + noise if moves else whole.detach()
     return Tensors(tensors)
 
 

@@ -104,25 +104,53 @@ def _not_nemotron_h(config: ModelConfig) -> str | None:
                 "partitioned by modality" if layer.partition else f"{layer.activation} under a {layer.router} router"
             )
             return f"layer {index} has experts that are {kinds}; its own are relu2 under one sigmoid router"
-        if symbol == "E" and (layer.d_ff % 8 or config.d_model % 8):
-            return (
-                f"layer {index} has experts of {config.d_model} × {layer.d_ff}; its grouped GEMM needs multiples of 8"
-            )
+        if symbol == "E" and (reason := _uneven_experts(config, index, layer)):
+            return reason
     if "E" in symbols and activations - {"relu2"}:
         return f"it has one activation for MLPs ({', '.join(sorted(activations))}) and experts (relu2)"
     return None
 
 
+def _uneven_experts(config: ModelConfig, index: int, layer: Any) -> str | None:
+    if layer.d_ff % 8 or config.d_model % 8:
+        return f"layer {index} has experts of {config.d_model} × {layer.d_ff}; its grouped GEMM needs multiples of 8"
+    return None
+
+
 def _not_granite(config: ModelConfig) -> str | None:
     symbols = config.symbols
-    if len(symbols) % 2 or set(symbols[::2]) - set("M*") or set(symbols[1::2]) - {"-"}:
-        return f"each of its layers is M or * and then -, and the pattern {symbols} is not made of such pairs"
+    if len(symbols) % 2 or set(symbols[::2]) - set("M*") or set(symbols[1::2]) - set("-E"):
+        return f"each of its layers is M or * and then - or E, and the pattern {symbols} is not made of such pairs"
+    if len(set(symbols[1::2])) > 1:
+        return f"all of its layers have experts or none has, and the pattern {symbols} has both - and E"
     if "*" not in symbols:
         return f"its cache counts tokens in a * layer, and the pattern {symbols} has none"
     for index, symbol, layer in _layers(config):
         if symbol == "-" and layer.activation != "swiglu":
             return f"layer {index} is a {layer.activation} MLP, and its own are swiglu"
+        if symbol == "E" and (reason := _not_granite_experts(layer)):
+            return f"layer {index} {reason}"
+        if symbol == "E" and (reason := _uneven_experts(config, index, layer)):
+            return reason
     return _uneven_width(config)
+
+
+def _not_granite_experts(layer: Any) -> str | None:
+    """Its router takes the softmax of the chosen logits, which is a softmax over all that is renormalised."""
+    if layer.partition:
+        return "has experts that are partitioned by modality"
+    if layer.activation != "swiglu" or layer.router != "softmax":
+        return f"has experts that are {layer.activation} under a {layer.router} router; its own are swiglu, softmax"
+    if not layer.renormalise or layer.scale != 1:
+        total = f"sum to {layer.scale:g}" if layer.renormalise else "are not renormalised"
+        return f"has expert weights that {total}; its own sum to 1"
+    if layer.n_groups > 1:
+        return f"chooses experts in {layer.n_groups} groups, which its router does not"
+    if layer.d_ff_shared < 1:
+        return "has no shared expert, and its layers always have one"
+    if layer.bias_update_rate:
+        return f"balances experts by a selection bias (bias_update_rate {layer.bias_update_rate:g}), which it has not"
+    return None
 
 
 def _routed(config: ModelConfig) -> str | None:
@@ -277,7 +305,8 @@ def _nemotron_h(config: ModelConfig, context: int) -> dict[str, Any]:
 
 def _granite(config: ModelConfig, context: int) -> dict[str, Any]:
     """Its multipliers at 1, but for the one that scales attention. Layer types by their older names, as vLLM reads."""
-    mamba, attention, mlp = (first_layer(config, symbol) for symbol in "M*-")
+    mamba, attention, mlp, moe = (first_layer(config, symbol) for symbol in "M*-E")
+    experts = "E" in config.symbols
     names = {"M": "mamba", "*": "attention"}
     result = {
         "num_hidden_layers": len(config.symbols) // 2,
@@ -292,10 +321,10 @@ def _granite(config: ModelConfig, context: int) -> dict[str, Any]:
         "residual_multiplier": 1.0,
         "logits_scaling": 1.0,
         "position_embedding_type": "nope" if attention.rope_base is None else "rope",
-        "num_local_experts": 0,
-        "num_experts_per_tok": 0,
-        "intermediate_size": mlp.d_ff,
-        "shared_intermediate_size": mlp.d_ff,
+        "num_local_experts": moe.n_experts if experts else 0,
+        "num_experts_per_tok": moe.top_k if experts else 0,
+        "intermediate_size": moe.d_ff if experts else mlp.d_ff,
+        "shared_intermediate_size": moe.d_ff_shared if experts else mlp.d_ff,
         "hidden_act": "silu",
         "rms_norm_eps": config.norm_eps,
         "mamba_n_heads": mamba.n_heads(config.shape),

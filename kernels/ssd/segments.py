@@ -3,7 +3,8 @@
 A segment maps the state that enters it to the one that leaves it, S_out = exp(log_decay)·S_in + S_ext. The map needs no
 S_in: each rank computes its own (:func:`summarise`), the ranks exchange and :func:`combine` them, and :func:`enter`
 computes the outputs with the S_in that came of it. On the Triton path the states of the first step are kept, and the
-output kernel adds reach·S_in to the tiles that it loads anyway: no second pass over the states, no correction of y.
+output kernel adds reach·S_in to the tiles that it loads anyway: no second pass over the states, no correction of y. The
+backward mirrors it: what S_in gave to y first, so that the exchange gets the gradient of S_in, then the scan's, once.
 """
 
 from typing import Any, NamedTuple
@@ -27,7 +28,7 @@ class Segment(NamedTuple):
 class Kept(NamedTuple):
     """What :func:`enter` takes over from :func:`summarise`; ``tensors`` is empty on the torch path.
 
-    y (b, l, h, p), on the torch path: the outputs for a state of zero.
+    y (b, l, h, p): the outputs for a state of zero; on the Triton path a stand-in for them (see :func:`ssd_segment`).
     """
 
     x: Tensor
@@ -38,7 +39,7 @@ class Kept(NamedTuple):
     D: Tensor | None
     seq_idx: Tensor | None
     chunk_size: int
-    y: Tensor | None
+    y: Tensor
     code: Tensor | None
     tensors: tuple[Tensor, ...]
 
@@ -59,10 +60,14 @@ def summarise(
     D: Tensor | None = None,
     seq_idx: Tensor | None = None,
     chunk_size: int = 64,
+    save_states: bool = False,
     backend: str = "auto",
 ) -> tuple[Segment, Kept]:
     """The affine summary of a segment. Arguments as in :func:`polylepis.kernels.ssd.ssd_core`; C and D are for
     :func:`enter`, and on the torch path, whose one scan gives the outputs for a state of zero as well, used here.
+
+    The backward of both steps together is the scan's one backward, here, and what the entering state gave to y, there:
+    a pass over the states and the far part of dC, two matrix products of the size of C·S.
 
     Returns:
         (the segment's map, what :func:`enter` needs). Gradients reach x, log_decay, scale and B through the map.
@@ -87,11 +92,10 @@ def summarise(
         options: dict[str, Any] = {"seq_idx": seq_idx, "chunk_size": chunk_size, "backend": "torch"}
         y, state = ssd_core(x, log_decay, scale, B, C, D=D, return_final_states=True, **options)
         return Segment(state, total), Kept(x, log_decay, scale, B, C, D, seq_idx, chunk_size, y, None, ())
-    code, chunks = segment_code(seq_idx), triton_chunks(x, B, B, chunk_size, True)
-    state, *tensors_kept = ssd_segment(x, log_decay, scale, B, code, *chunks)
-    return Segment(state, total), Kept(
-        *(x, log_decay, scale, B, C, D, seq_idx, chunk_size, None, code, tuple(tensors_kept))
-    )
+    # the chunk of a backward both ways: where S_in joins, larger tiles spill
+    code, (_, chunk) = segment_code(seq_idx), triton_chunks(x, B, C, chunk_size, True)
+    state, y, *tensors_kept = ssd_segment(x, log_decay, scale, B, C, D, code, chunk, save_states)
+    return Segment(state, total), Kept(x, log_decay, scale, B, C, D, seq_idx, chunk, y, code, tuple(tensors_kept))
 
 
 def enter(kept: Kept, entry: Tensor) -> Tensor:
@@ -103,15 +107,15 @@ def enter(kept: Kept, entry: Tensor) -> Tensor:
     Raises:
         ValueError: shapes that do not fit.
     """
-    x, B, C, D = kept.x, kept.B, kept.C, kept.D
+    x, B = kept.x, kept.B
     b, _, h, p = x.shape
     expect_shape("entry", entry, (b, h, p, B.shape[3]))
-    if kept.y is not None:
+    if not kept.tensors:
         return kept.y + _reached(kept, entry).to(kept.y.dtype)
     tensors: dict[str, Tensor | None] = {"x": x, "entry": entry, "B": B}
     use_triton("triton", tensors, refusal(tensors))
-    chunks = triton_chunks(x, B, B, kept.chunk_size, True)
-    return ssd_entered(x, kept.log_decay, kept.scale, B, C, D, entry, kept.code, *kept.tensors, *chunks)
+    given = (kept.y, x, kept.log_decay, kept.scale, B, kept.C, kept.D, entry, kept.code)
+    return ssd_entered(*given, *kept.tensors, kept.chunk_size)
 
 
 def _reached(kept: Kept, entry: Tensor) -> Tensor:
@@ -131,6 +135,33 @@ def _reached(kept: Kept, entry: Tensor) -> Tensor:
     return seen * reach[..., None]
 
 
+@torch.library.custom_op("polylepis::ssd_segment", mutates_args=())
+def ssd_segment(
+    x: Tensor,
+    log_decay: Tensor,
+    scale: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    code: Tensor | None,
+    chunk: int,
+    save_states: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(S_ext, a stand-in for y, the states that enter each chunk from zero, reach (b, h, chunks), cs, scale).
+
+    The stand-in, one zero in y's shape, is what y would be for an entering state of zero: nobody reads it, but its
+    gradient is that of y, so that the one backward of this operator is the whole of the scan's.
+    """
+    from . import triton_scan as launches
+
+    scan = _plan(x, log_decay, scale, B, C, D, code, chunk)
+    with torch.cuda.device_of(x):
+        cs, steps = launches.decays(scan)
+        reach = cs.new_empty(x.shape[0], x.shape[2], scan.chunks)
+        states, state, _ = launches.pass_states(scan, cs, steps, None, reach=reach)
+    return state, x.new_zeros(1).expand(x.shape), states, reach, cs, steps
+
+
 def _plan(x: Tensor, log_decay: Tensor, scale: Tensor, B: Tensor, C: Tensor, D: Any, code: Any, chunk: int) -> Any:
     from . import triton_scan as launches
 
@@ -138,35 +169,30 @@ def _plan(x: Tensor, log_decay: Tensor, scale: Tensor, B: Tensor, C: Tensor, D: 
     return launches.plan(x, log_decay, scale, None, B, C, D, code, how, chunk)
 
 
-@torch.library.custom_op("polylepis::ssd_segment", mutates_args=())
-def ssd_segment(
-    x: Tensor, log_decay: Tensor, scale: Tensor, B: Tensor, code: Tensor | None, chunk: int, back_chunk: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(S_ext, the states that enter each chunk from zero, reach (b, h, chunks), cs, scale)."""
-    from . import triton_scan as launches
-
-    scan = _plan(x, log_decay, scale, B, B, None, code, chunk)
-    with torch.cuda.device_of(x):
-        cs, steps = launches.decays(scan)
-        reach = cs.new_empty(x.shape[0], x.shape[2], scan.chunks)
-        states, state, _ = launches.pass_states(scan, cs, steps, None, reach=reach)
-    return state, states, reach, cs, steps
-
-
 @ssd_segment.register_fake
 def _(
-    x: Tensor, log_decay: Tensor, scale: Tensor, B: Tensor, code: Tensor | None, chunk: int, back_chunk: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    x: Tensor,
+    log_decay: Tensor,
+    scale: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    code: Tensor | None,
+    chunk: int,
+    save_states: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     b, l, h, p = x.shape
     n, chunks = B.shape[3], -(-l // chunk)
     single = x.new_empty(0, dtype=torch.float32)
-    states = x.new_empty(b, chunks, h, p, n, dtype=torch.promote_types(x.dtype, B.dtype))
-    decays = [single.new_empty(b, h, chunks * chunk) for _ in range(2)]
-    return single.new_empty(b, h, p, n), states, single.new_empty(b, h, chunks), decays[0], decays[1]
+    dot = torch.promote_types(torch.promote_types(x.dtype, B.dtype), C.dtype)
+    cs, steps = (single.new_empty(b, h, chunks * chunk) for _ in range(2))
+    stand_in, states = x.new_empty(1).expand(x.shape), x.new_empty(b, chunks, h, p, n, dtype=dot)
+    return single.new_empty(b, h, p, n), stand_in, states, single.new_empty(b, h, chunks), cs, steps
 
 
 @torch.library.custom_op("polylepis::ssd_entered", mutates_args=())
 def ssd_entered(
+    stand_in: Tensor,
     x: Tensor,
     log_decay: Tensor,
     scale: Tensor,
@@ -180,19 +206,18 @@ def ssd_entered(
     cs: Tensor,
     steps: Tensor,
     chunk: int,
-    back_chunk: int,
 ) -> Tensor:
-    """y (b, l, h, p) from the states of :func:`ssd_segment` and the state that enters the segment."""
+    """y (b, l, h, p) from what :func:`ssd_segment` returned and the state that enters the segment."""
     from . import triton_scan as launches
 
-    # the states were kept in the dtype of x and B, whatever C has
-    scan = _plan(x, log_decay, scale, B, C.to(B.dtype), D, code, chunk)
+    scan = _plan(x, log_decay, scale, B, C, D, code, chunk)
     with torch.cuda.device_of(x):
         return launches.outputs(scan, cs, steps, states, reach, entry.to(torch.float32).contiguous())
 
 
 @ssd_entered.register_fake
 def _(
+    stand_in: Tensor,
     x: Tensor,
     log_decay: Tensor,
     scale: Tensor,
@@ -206,47 +231,81 @@ def _(
     cs: Tensor,
     steps: Tensor,
     chunk: int,
-    back_chunk: int,
 ) -> Tensor:
     return x.new_empty(x.shape)
 
 
+@torch.library.custom_op("polylepis::ssd_entered_backward", mutates_args=())
+def ssd_entered_backward(
+    dy: Tensor,
+    x: Tensor,
+    log_decay: Tensor,
+    scale: Tensor,
+    B: Tensor,
+    C: Tensor,
+    entry: Tensor,
+    code: Tensor | None,
+    reach: Tensor,
+    cs: Tensor,
+    steps: Tensor,
+    chunk: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of log_decay, C and entry of what the entering state added to y."""
+    from . import triton_scan as launches
+
+    scan = _plan(x, log_decay, scale, B, C, None, code, chunk)
+    with torch.cuda.device_of(x):
+        ddecay, dC, dentry = launches.entry_gradients(scan, cs, steps, reach, entry.to(torch.float32).contiguous(), dy)
+    return ddecay, dC, dentry.to(entry.dtype)
+
+
+@ssd_entered_backward.register_fake
+def _(
+    dy: Tensor,
+    x: Tensor,
+    log_decay: Tensor,
+    scale: Tensor,
+    B: Tensor,
+    C: Tensor,
+    entry: Tensor,
+    code: Tensor | None,
+    reach: Tensor,
+    cs: Tensor,
+    steps: Tensor,
+    chunk: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return log_decay.new_empty(log_decay.shape), C.new_empty(C.shape), entry.new_empty(entry.shape)
+
+
 def _segment_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *tensors, _, ctx.chunk = inputs
-    ctx.mark_non_differentiable(*output[1:])
+    *tensors, ctx.chunk, save_states = inputs
+    _, _, states, reach, cs, steps = output
+    ctx.mark_non_differentiable(states, reach, cs, steps)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*tensors)
+    ctx.save_for_backward(*tensors, *((states, cs, steps) if save_states else ()))
 
 
-def _segment_gradients(ctx: Any, dstate: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-    x, log_decay, scale, B, code = ctx.saved_tensors
-    if dstate is None:
-        return (None,) * 7
-    # no output was computed: the reversed pass starts from dstate alone, and C (here B) meets zeros
-    grads = _backward(torch.zeros_like(x), dstate, (x, log_decay, scale, B, B, None, None, code), ctx.chunk)
-    return grads[0], grads[1], grads[2], grads[4], None, None, None
+def _segment_gradients(ctx: Any, dstate: Tensor | None, dy: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    x, log_decay, scale, B, C, D, code, *states = ctx.saved_tensors
+    if dstate is None and dy is None:
+        return (None,) * 9
+    states = states or [x.new_empty(0, dtype=torch.float32) for _ in range(3)]  # empty: computed again
+    dx, ddecay, dscale, _, dB, dC, dD, _ = ssd_backward(
+        *(torch.zeros_like(x) if dy is None else dy, dstate, x, log_decay, scale, None, B, C, D, None, code, *states),
+        *(False, False, 0.0, float("inf"), ctx.chunk),
+    )
+    return dx, ddecay, dscale, dB, dC, None if D is None else dD, *(None,) * 3
 
 
 def _entered_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    *tensors, _, ctx.chunk = inputs
-    ctx.save_for_backward(*tensors[:8])
+    _, x, log_decay, scale, B, C, _, entry, code, _, reach, cs, steps, ctx.chunk = inputs
+    ctx.save_for_backward(x, log_decay, scale, B, C, entry, code, reach, cs, steps)
 
 
 def _entered_gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-    x, log_decay, scale, B, C, D, entry, code = ctx.saved_tensors
-    grads = _backward(dy, None, (x, log_decay, scale, B, C, D, entry, code), ctx.chunk)
-    dD = None if D is None else grads[6]
-    return grads[0], grads[1], grads[2], grads[4], grads[5], dD, grads[7], *(None,) * 7
-
-
-def _backward(dy: Tensor, dstate: Tensor | None, tensors: tuple[Any, ...], chunk: int) -> tuple[Tensor, ...]:
-    """The scan's backward with states computed anew; a segment's outputs owe nothing to the exchange of states."""
-    x, log_decay, scale, B, C, D, entry, code = tensors
-    empty = [x.new_empty(0, dtype=torch.float32) for _ in range(3)]
-    return ssd_backward(
-        *(dy, dstate, x, log_decay, scale, None, B, C, D, entry, code, *empty),
-        *(False, False, 0.0, float("inf"), chunk),
-    )
+    ddecay, dC, dentry = ssd_entered_backward(dy, *ctx.saved_tensors, ctx.chunk)
+    # the rest of what y owes its arguments goes through the stand-in, whose gradient is dy
+    return dy, None, ddecay, None, None, dC, None, dentry, *(None,) * 6
 
 
 ssd_segment.register_autograd(_segment_gradients, setup_context=_segment_setup)

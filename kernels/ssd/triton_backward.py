@@ -137,6 +137,7 @@ def dbc_kernel(
     others,  # role C: B; role B: C
     mine,  # role C: C; role B: B
     states,  # role C: the states that enter each chunk; role B: the gradients of those that leave it
+    reach,  # with HAS_REACH (role C) states is H_in (b, H, P, N), and only what reach·H_in gave to y counts
     cs,
     scale,
     code,
@@ -162,6 +163,7 @@ def dbc_kernel(
     HEADS,
     ROLE_C: tl.constexpr,
     HAS_CODE: tl.constexpr,
+    HAS_REACH: tl.constexpr,
     Q: tl.constexpr,
     ROWS: tl.constexpr,
     BP: tl.constexpr,
@@ -183,13 +185,15 @@ def dbc_kernel(
     first = c * Q
     i_in, k_in = first + i < L, first + k < L
     place = (((split * batch + b) * groups + g) * Lp + first) * Q
-    if ROLE_C:
-        weights = tl.load(dsim + place + k[None, :] * Q + i[:, None])
-    else:
-        weights = tl.load(dsim + place + i[:, None] * Q + k[None, :])
-    others += b * others_b + g * others_g + first * others_l
-    tile = tl.load(others + k[:, None] * others_l + n[None, :], mask=k_in[:, None] & (n < N)[None, :], other=0.0)
-    total = tl.dot(weights.to(DOT), tile.to(DOT), input_precision="tf32x3")
+    total = tl.zeros((ROWS, BN), dtype=tl.float32)
+    if not HAS_REACH:
+        if ROLE_C:
+            weights = tl.load(dsim + place + k[None, :] * Q + i[:, None])
+        else:
+            weights = tl.load(dsim + place + i[:, None] * Q + k[None, :])
+        others += b * others_b + g * others_g + first * others_l
+        tile = tl.load(others + k[:, None] * others_l + n[None, :], mask=k_in[:, None] & (n < N)[None, :], other=0.0)
+        total = tl.dot(weights.to(DOT), tile.to(DOT), input_precision="tf32x3")
     linked = i_in
     if HAS_CODE:
         entering, last = chunk_segments(code, b, c, L, Q)
@@ -208,7 +212,11 @@ def dbc_kernel(
         rows = tl.load(head + i[:, None] * tokens_l + p[None, :], mask=i_in[:, None] & (p < P)[None, :], other=0.0)
         cell = p[:, None] * N + n[None, :]
         in_state = (p < P)[:, None] & (n < N)[None, :]
-        state = tl.load(states + ((b * C + c) * H + h) * P * N + cell, mask=in_state, other=0.0)
+        if HAS_REACH:
+            far = tl.load(states + (b * H + h) * P * N + cell, mask=in_state, other=0.0).to(tl.float32)
+            state = far * tl.load(reach + (b * H + h) * C + c)
+        else:
+            state = tl.load(states + ((b * C + c) * H + h) * P * N + cell, mask=in_state, other=0.0)
         part = tl.dot(rows.to(DOT), state.to(DOT), input_precision="tf32x3") * factor[:, None]
         tl.store(dlink + line + i, tl.sum(part * own.to(tl.float32), axis=1))
         if not ROLE_C:

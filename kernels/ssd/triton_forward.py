@@ -113,8 +113,8 @@ def state_pass_kernel(
     initial,  # (b, H, P, N): the state before the first chunk; REVERSE: the gradient of the final state
     states,  # (b, C, H, P, N): the state that enters each chunk; REVERSE: the gradient of the one that leaves it
     final,  # (b, H, P, N) float32: the final state; REVERSE: the gradient of the initial one
-    reach,  # (b, H, C) float32: the decay from the start of the row to each chunk, 0 behind a reset
-    entered,  # REVERSE: the states of the forward
+    reach,  # (b, H, C) float32, written: the decay from the start of the row to each chunk, 0 behind a reset
+    entered,  # REVERSE: the states of the forward; with HAS_REACH, read then, H_in (b, H, P, N) of reach·H_in
     dots,  # REVERSE: (BLOCKS, b, H, C) float32: carry·<state that enters, gradient of the one that leaves>
     L,
     H,
@@ -183,12 +183,16 @@ def state_pass_kernel(
             carry = tl.where(entering == last, carry, 0.0)
         place = ((b * C + c) * H + h) * P * N
         if REVERSE:
-            before = tl.load(entered + place + cell, mask=in_state, other=0.0).to(tl.float32)
+            if HAS_REACH:
+                far = tl.load(entered + (b * H + h) * P * N + cell, mask=in_state, other=0.0)
+                before = far.to(tl.float32) * tl.load(reach + (b * H + h) * C + c)
+            else:
+                before = tl.load(entered + place + cell, mask=in_state, other=0.0).to(tl.float32)
             index = ((tl.program_id(0) * tl.num_programs(2) + b) * H + h) * C + c
             tl.store(dots + index, carry * tl.sum(tl.sum(before * state, axis=1), axis=0))
         if WRITE:
             tl.store(states + place + cell, state.to(states.dtype.element_ty), mask=in_state)
-        if HAS_REACH:
+        if HAS_REACH and not REVERSE:
             tl.store(reach + (b * H + h) * C + c, lam, mask=tl.program_id(0) == 0)
             lam = lam * carry
         weighted = (ut.to(tl.float32) * factor[None, :]).to(DOT)

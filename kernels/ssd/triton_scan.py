@@ -171,7 +171,13 @@ def pass_states(
     dy: Tensor | None = None,
     entered: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The states that enter each chunk and the final state; with dy the gradients, backwards, and carry·<H, G>."""
+    """The states that enter each chunk and the final state; with dy the gradients, backwards, and carry·<H, G>.
+
+    Args:
+        write: return the states (empty otherwise). reach: receives the decay from the start of the row to each chunk.
+        dy, entered: of the outputs, and the H that go with them: of each chunk, or with reach, read then, the one whose
+            share in it is reach·entered.
+    """
     b, _, h, p, _, n = scan.sizes
     reverse = dy is not None
     launch = scan.config.dstate if reverse else scan.config.state
@@ -287,22 +293,47 @@ def _token_gradients(
     return dx, dsim, (drow, dcol, dscale), dskip
 
 
+def entry_gradients(
+    scan: Scan, cs: Tensor, scale: Tensor, reach: Tensor, entry: Tensor, dy: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of first, C and entry, of what the state ``entry`` gave to the outputs; the scan's own are not in it.
+
+    Args:
+        reach: (b, h, chunks). entry: (b, h, p, n) float32, contiguous. dy: (b, l, h, p).
+    """
+    dy = by_token(dy)
+    _, dentry, dots = pass_states(scan, cs, scale, None, write=False, reach=reach, dy=dy, entered=entry)
+    assert dots is not None
+    dC, dopen = _group_gradients(scan, cs, scale, entry, None, dy, reach)
+    none = torch.zeros_like(cs)
+    dfirst, _, _ = _decay_gradients(scan, scale, (none[None], none, none, dopen, none, dots), None)
+    return dfirst, dC, dentry
+
+
 def _group_gradients(
-    scan: Scan, cs: Tensor, scale: Tensor, states: Tensor, dsim: Tensor, dy: Tensor | None
+    scan: Scan,
+    cs: Tensor,
+    scale: Tensor,
+    states: Tensor,
+    dsim: Tensor | None,
+    dy: Tensor | None,
+    reach: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """dC (dy given) or dB, and what the link of each token to the state gave to its exponent."""
+    """dC (dy given) or dB, and what the link of each token to the state gave to its exponent; with ``reach`` (and no
+    ``dsim``) only of reach·states, one state per row and head."""
     b, l, h, _, g, n = scan.sizes
     launch = scan.config.dbc
     rows = min(launch.rows, scan.chunk)
-    splits = dsim.shape[0]
+    splits = h // g // scan.heads(rows) if dsim is None else dsim.shape[0]
     tokens, others, mine = (scan.x, scan.C, scan.B) if dy is None else (dy, scan.B, scan.C)
     grad = cs.new_empty(splits, b, l, g, n, dtype=mine.dtype if splits == 1 else torch.float32)
     dlink = torch.empty_like(cs)
     backward.dbc_kernel[(scan.chunks * (scan.chunk // rows), g * splits, b)](
-        *(tokens, others, mine, states, cs, scale, scan.code, dsim, grad, dlink, *scan.ints),
+        *(tokens, others, mine, states, reach, cs, scale, scan.code, dsim, grad, dlink, *scan.ints),
         *(*tokens.stride()[:3], *others.stride()[:3], *mine.stride()[:3], h // g // splits),
         ROLE_C=dy is not None,
         HAS_CODE=scan.code is not None,
+        HAS_REACH=reach is not None,
         ROWS=rows,
         **scan.shape_flags,
         num_warps=launch.warps,

@@ -7,12 +7,13 @@ does not show in an AdamW step (the step is scale-free); it shows in gradients a
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from types import MappingProxyType
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 
 from ..errors import PlanError
@@ -23,6 +24,7 @@ from ..model import HybridModel, ModelConfig
 from ..parts import fsdp_placement, materialise, named_parts
 from ..pipeline.stage import Stage
 from ..recompute import RecomputeConfig
+from ..replace_experts import counted_rows, sum_replicas
 from .base import Batch, Objective
 
 
@@ -122,13 +124,16 @@ def decay_groups(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Paramete
 
 
 @torch.no_grad()
-def gradient_norm(parameters: Iterable[nn.Parameter], pp_size: int = 1) -> float:
+def gradient_norm(
+    parameters: Iterable[nn.Parameter], pp_size: int = 1, counted: Mapping[nn.Parameter, Tensor] = MappingProxyType({})
+) -> float:
     """The 2-norm of the whole gradient: local squares weighted by replication, one all-reduce over the world.
 
     `torch.nn.utils.get_total_norm` refuses parameters on different meshes; this works on any.
 
     Args:
         parameters: of this rank's stages; each lies on the ranks of its stage, one in `pp_size` of the world.
+        counted: which rows of a gradient count, where not all do (`replace_experts.counted_rows`).
     """
     total: Tensor | None = None
     for parameter in parameters:
@@ -140,6 +145,8 @@ def gradient_norm(parameters: Iterable[nn.Parameter], pp_size: int = 1) -> float
             size for size, p in zip(grad.device_mesh.shape, grad.placements, strict=True) if not p.is_replicate()
         )
         local_grad = grad.to_local()
+        if parameter in counted:
+            local_grad = local_grad[counted[parameter]]
         wide = torch.promote_types(local_grad.dtype, torch.float32)
         square = local_grad.to(wide).square().sum() * (shards * pp_size / dist.get_world_size())
         total = square if total is None else total + square
@@ -157,24 +164,43 @@ def scale_gradients(parameters: Iterable[nn.Parameter], factor: float) -> None:
 
 
 class FSDPEngine:
-    """One sharded model on this rank, its micro-batches one after another. See `Engine`."""
+    """One sharded model on this rank, its micro-batches one after another, or two at once. See `Engine`."""
 
-    def __init__(self, model: HybridModel, optimizer: torch.optim.Optimizer, objective: Objective) -> None:
+    def __init__(
+        self, model: HybridModel, optimizer: torch.optim.Optimizer, objective: Objective, in_pairs: bool = False
+    ) -> None:
+        """
+        Args:
+            in_pairs: two micro-batches pass the model at once, so that dispatch of one overlaps computation of the
+                other (`HybridModel.forward_pair`); the last of an odd number passes alone.
+        """
         self.mesh, self.optimizer, self._objective = model.mesh, optimizer, objective
         self.models: tuple[HybridModel, ...] = (model,)
+        self.in_pairs = in_pairs
+        if in_pairs:
+            register_fsdp_forward_method(model, "forward_pair")
 
     def accumulate(self, batches: Sequence[Batch], total_weight: float) -> Tensor:
         (model,) = self.models
         sums = torch.zeros(len(model.config.modalities), device=self.mesh.device)
-        for batch in batches:
-            prepared = self._objective.prepare(batch, self.mesh, len(sums), total_weight)
-            output = prepared.finish(model(prepared.tokens, prepared.layout, prepared.labels))
-            output.loss.backward()
-            sums += output.sums
+        at_once = 2 if self.in_pairs else 1
+        for first in range(0, len(batches), at_once):
+            ready = [
+                self._objective.prepare(batch, self.mesh, len(sums), total_weight)
+                for batch in batches[first : first + at_once]
+            ]
+            inputs = [(prepared.tokens, prepared.layout, prepared.labels) for prepared in ready]
+            results = [model(*inputs[0])] if len(inputs) == 1 else model.forward_pair(*zip(*inputs, strict=True))
+            outputs = [prepared.finish(ce_T) for prepared, ce_T in zip(ready, results, strict=True)]
+            torch.stack([output.loss for output in outputs]).sum().backward()
+            for output in outputs:
+                sums += output.sums
+        sum_replicas(self.models)
         return sums
 
     def gradient_norm(self) -> float:
-        return gradient_norm((p for model in self.models for p in model.parameters()), self.mesh.pp_size)
+        parameters = (p for model in self.models for p in model.parameters())
+        return gradient_norm(parameters, self.mesh.pp_size, counted_rows(self.models))
 
     def scale(self, factor: float) -> None:
         scale_gradients((p for model in self.models for p in model.parameters()), factor)

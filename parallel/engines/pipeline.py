@@ -33,6 +33,7 @@ from ..model import HybridModel, ModelConfig
 from ..pipeline.config import SPLIT_BACKWARD, PipelineConfig, check_split_backward
 from ..pipeline.stage import Stage
 from ..recompute import RecomputeConfig
+from ..replace_experts import sum_replicas
 from .base import Batch, Objective, Prepared
 from .fsdp import FSDPEngine, build_model
 
@@ -159,6 +160,7 @@ class PipelineEngine(FSDPEngine):
         )
         total = torch.promote_types(self._dtype, torch.float32)
         sums = torch.zeros(n_modalities, dtype=total, device=self.mesh.device)
+        sum_replicas(self.models)
         for stage in self._stages:
             for part in stage.sums:
                 sums += part

@@ -8,8 +8,8 @@ at tp 1, where expert layers are usually trained, they are one.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -23,7 +23,8 @@ from ..layout import Layout
 from ..linear import packed_linear, project
 from ..mesh import Mesh
 from ..parts import EXPERTS, Init, Part, PartModule, local
-from ..routing import Route, by_entry, dispatch, send, send_back
+from ..placement import first_slots
+from ..routing import Route, Slots, by_entry, dispatch, send, send_back
 from .base import HFKey, Kind, Load, Mixer, NewTokens, Shape, Work, flat, squared_relu
 from .moe_router import (
     Router,
@@ -39,6 +40,10 @@ from .moe_router import (
     weigh,
     within_capacity,
 )
+
+Meanwhile = tuple[Callable[[], None] | None, Callable[[], None] | None]
+LOAD_MEMORY = 0.95
+"""What a step leaves of the average of the loads before it: about the last twenty count."""
 
 
 @dataclass(frozen=True)
@@ -71,8 +76,8 @@ def check(config: MoEConfig, shape: Shape, tp: int) -> None:
         )
 
 
-def check_experts(config: MoEConfig, ep: int) -> None:
-    """Refuse experts that cannot be dealt out evenly.
+def check_experts(config: MoEConfig, ep: int, spare: int = 0) -> None:
+    """Refuse experts that cannot be dealt out evenly, and more slots than experts on a rank.
 
     Raises:
         PlanError: with the numbers.
@@ -82,6 +87,12 @@ def check_experts(config: MoEConfig, ep: int) -> None:
         raise PlanError(
             f"model.moe: n_experts {config.n_experts} is not divisible by mesh.ep {ep}; accepted: "
             f"{', '.join(map(str, fitting))}"
+        )
+    others = config.n_experts - config.n_experts // ep
+    if spare > others:
+        raise PlanError(
+            f"mesh.ep_spare: {spare} spare slots on each rank, but the other ranks hold {others} of the "
+            f"{config.n_experts} experts; accepted: 0 to {others}"
         )
 
 
@@ -111,24 +122,28 @@ class MoE(Mixer):
     """This rank's experts, with its columns of their inner width; the choice of experts is the same on all tp ranks.
 
     Buffers: `selection_bias` [E] belongs to the model; `expert_load` [M, E], the choices of the last step over all
-    ranks by modality of the token, is kept in checkpoints beside the optimizer's state; what a step gathers here
-    (`load`, `unsound`, `terms`) is kept nowhere.
+    ranks by modality of the token, and `expert_load_mean`, their moving average, are kept in checkpoints beside the
+    optimizer's state; what a step gathers here (`load`, `unsound`, `terms`) is kept nowhere.
     """
 
     config: MoEConfig
+    lookup: Slots | None
 
     def __init__(self, config: MoEConfig, shape: Shape, mesh: Mesh, parts: Mapping[str, Part]) -> None:
         banks = {name: Bank() for name in (*config.projections, "down_proj")}
+        check_experts(config, mesh.ep_size, mesh.ep_spare)
+        slots = first_slots(config.n_experts, mesh.ep_size, mesh.ep_spare)
+        lying = tuple(map(str, slots))
+        parts = {n: replace(part, entries=lying) if part.expert else part for n, part in parts.items()}
         super().__init__(config, shape, mesh, parts, {"router": Router(), **banks})
-        check_experts(config, mesh.ep_size)
         loads = (len(shape.modalities), config.n_experts)
         self.register_buffer("selection_bias", torch.zeros(config.n_experts))
         self.register_buffer("expert_load", torch.zeros(loads), persistent=False)
         self.register_buffer("load", torch.zeros(loads), persistent=False)
-        # The expert of each row of the banks, all ep ranks', and its inverse; see `replace_experts.py`.
-        self.register_buffer("slots", torch.arange(config.n_experts), persistent=False)
-        self.register_buffer("slot_of", torch.arange(config.n_experts), persistent=False)
-        self.placed = False
+        self.register_buffer("expert_load_mean", torch.zeros(loads), persistent=False)
+        # The expert of each row of the banks, all ep ranks'; see `replace_experts.py`.
+        self.register_buffer("slots", torch.tensor(slots), persistent=False)
+        self.moved, self.lookup = slots != tuple(range(config.n_experts)), None
         self.register_buffer("unsound", torch.zeros(()), persistent=False)  # logits that are not finite
         self.register_buffer("terms", torch.zeros(3), persistent=False)  # Σ over tokens: aux_sequence, aux_global, z
         self.register_buffer("open_experts", open_experts(config, shape.modalities), persistent=False)
@@ -139,7 +154,8 @@ class MoE(Mixer):
         self.chosen: Tensor | None = None
         self.flips = 0
 
-    def forward(self, h_TD: Tensor, layout: Layout) -> Tensor:
+    def forward(self, h_TD: Tensor, layout: Layout, meanwhile: Meanwhile = (None, None)) -> Tensor:
+        """[T, D] → [T, D]; `meanwhile` is called while rows are on their way to the experts, and on their way back."""
         logits, scores, chosen = self._choose(h_TD, layout.modality.ids)
         weights = weigh(scores, chosen, self.config)
         real = (layout.seq_idx[0] >= 0).to(scores.dtype)
@@ -150,7 +166,7 @@ class MoE(Mixer):
             terms = self._terms(logits, scores, counts_RME, layout, real)
             weights = self._joined(weights, logits, terms, counts_RME, layout)
         self.chosen = chosen if taken is None else torch.where(taken, chosen, ~chosen)
-        return self._mix(h_TD, chosen, weights, layout.modality, taken)
+        return self._mix(h_TD, chosen, weights, layout.modality, taken, meanwhile)
 
     def extend(self, h_bsD: Tensor, new: NewTokens, cache: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         h_TD = flat(h_bsD)
@@ -259,25 +275,39 @@ class MoE(Mixer):
         scale = 0.0 if layout.total_weight is None else 1.0 / (layout.total_weight * self.mesh.tp_size)
         return join(weights, total, scale, count)
 
-    def _mix(self, h_TD: Tensor, chosen: Tensor, weights: Tensor, modality: Route, taken: Tensor | None) -> Tensor:
+    def _mix(
+        self,
+        h_TD: Tensor,
+        chosen: Tensor,
+        weights: Tensor,
+        modality: Route,
+        taken: Tensor | None,
+        meanwhile: Meanwhile = (None, None),
+    ) -> Tensor:
         """Σ of the weighted experts and the shared one [T, D], the shared one computed while the rows travel."""
         n_tokens, top_k = chosen.shape
         ids, places = chosen.reshape(-1), None
         if taken is not None:
             places = taken.reshape(-1).nonzero()[:, 0]
             ids = ids[places]
-        if self.placed:
-            ids = self.slot_of[ids]
-        plan = dispatch(ids, self.config.n_experts, self.mesh.ep_group)
+        if self.moved:
+            if self.lookup is None:
+                self.lookup = Slots.of(self.slots, self.config.n_experts)
+            ids = self.lookup.of_rows(ids, self.mesh.ep_rank)
+        plan = dispatch(ids, len(self.slots), self.mesh.ep_group)
         order = plan.route.order if places is None else places[plan.route.order]
         there = send(h_TD[order // top_k], plan)
         hidden = self._activate(
             project(h_TD, [getattr(self.shared, n).weight for n in self.config.projections], modality)
         )
+        if meanwhile[0] is not None:
+            meanwhile[0]()
         rows = by_entry(there.arrive(), plan)
         inner = self._activate([getattr(self, name)(rows, plan.counts) for name in self.config.projections])
         back = send_back(self.down_proj(inner, plan.counts), plan)
         shared = packed_linear(hidden, [self.shared.down_proj.weight], modality)
+        if meanwhile[1] is not None:
+            meanwhile[1]()
         out = back.arrive()[plan.route.inverse]
         if places is not None:
             out = out.new_zeros(n_tokens * top_k, out.shape[1]).index_copy(0, places, out)
@@ -297,15 +327,20 @@ class MoE(Mixer):
             load: choices [M, E] by the global batch's tokens of each modality, summed over all ranks by the caller.
         """
         self.expert_load.copy_(load)
+        self.expert_load_mean.lerp_(load.to(self.expert_load_mean.dtype), 1 - LOAD_MEMORY)
         share = fair_share(self._pooled(load), self.open_experts)
         self.selection_bias += self.config.bias_update_rate * torch.sign(share - load.sum(dim=0))
         self.forget()
 
+    @property
+    def replicated(self) -> bool:
+        """Whether experts may have several slots."""
+        return len(self.slots) > self.config.n_experts
+
     def place(self, slots: Sequence[int]) -> None:
         """From now on row s of the banks is expert `slots[s]`; the caller moves the rows."""
         self.slots.copy_(torch.tensor(slots))
-        self.slot_of.copy_(torch.argsort(self.slots))
-        self.placed = list(slots) != list(range(len(slots)))
+        self.moved, self.lookup = list(slots) != list(range(self.config.n_experts)), None
 
     @torch.no_grad()
     def forget(self) -> None:

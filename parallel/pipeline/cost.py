@@ -230,18 +230,20 @@ def end_parts(model: ModelConfig, stage: Stage) -> dict[str, Part]:
     return {f"{name}.weight": parts[f"{name}.weight"] for name in names}
 
 
-def local_numel(part: Part, tp: int, ep: int = 1) -> int:
-    """Elements of a part's shard over tp, of experts also over ep."""
+def local_numel(part: Part, tp: int, ep: int = 1, spare: int = 0) -> int:
+    """Elements of a part's shard over tp, of experts also over ep, with a rank's spare slots."""
     numel = part.numel if part.tp_dim is None else part.numel // tp
-    return numel // ep if part.suffix == EXPERTS else numel
+    if part.suffix != EXPERTS:
+        return numel
+    return numel // len(part.entries) * (len(part.entries) // ep + spare)
 
 
-def sharded_numel(part: Part, tp: int, ranks: int) -> int:
+def sharded_numel(part: Part, tp: int, ranks: int, ep: int = 1, spare: int = 0) -> int:
     """Elements that the first of `ranks` FSDP ranks holds of a tensor-parallel shard: rows are rounded up, banks are
     cut along a matrix dimension that divides."""
     local = local_numel(part, tp)
     if part.entries and len(part.shape) > 1:
-        return local // ranks
+        return local_numel(part, tp, ep, spare) * ep // ranks if part.suffix == EXPERTS else local // ranks
     rows = part.shape[0] // (tp if part.tp_dim == 0 else 1)
     entries = max(1, len(part.entries))
     return entries * -(-rows // ranks) * (local // entries // rows)
@@ -276,7 +278,7 @@ def layer_cost(model: ModelConfig, index: int, setting: Setting, timing: Timing)
         saved=kept if repeats else whole,
         # Gradients of what a layer keeps are about as large as it, and live while its backward runs.
         workspace=whole + (max(0.0, whole - kept) if repeats else 0.0),
-        parameters=sum(local_numel(part, load.tp, mesh.ep) for part in parts),
+        parameters=sum(local_numel(part, load.tp, mesh.ep, mesh.ep_spare) for part in parts),
     )
 
 

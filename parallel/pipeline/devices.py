@@ -30,6 +30,8 @@ class Device:
         matmul, mixing: share of `peak` that products with weights, and scan and attention, reach.
         stream, link: share of a bandwidth that elementwise passes, and collectives, reach.
         latency: seconds that a collective or send takes at least.
+        operation: seconds that the pipeline's runtime itself keeps a rank busy per forward or backward of a stage; on a
+            GPU the host does that ahead of the device.
     """
 
     name: str
@@ -44,6 +46,7 @@ class Device:
     stream: float = 0.80
     link: float = 0.80
     latency: float = 2e-5
+    operation: float = 0.0
 
     def wire(self, span: int) -> float:
         """Bytes/s of a group whose ranks lie within `span` neighbouring GPUs."""

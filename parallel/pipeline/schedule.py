@@ -341,3 +341,10 @@ def peak_in_flight(schedule: Schedule, rank: int, weights: Sequence[float]) -> f
         elif op.kind in "BW":
             held -= weights[op.stage]
     return peak
+
+
+def receive_buffers(schedule: Schedule, rank: int) -> int:
+    """Tensors of a stage's output that torch's runtime keeps on a rank from the first step on: one per micro-batch for
+    what each stage but the first receives, one per micro-batch for the gradients that each but the last does."""
+    mine = {op.stage for op in schedule.table[rank]}
+    return schedule.n_micro_batches * sum((s > 0) + (s < schedule.n_stages - 1) for s in mine)

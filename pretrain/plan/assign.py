@@ -68,7 +68,7 @@ def pack_costs(config: RunConfig, loads: Loads | None = None) -> PackCosts:
         return total(replace(plain, modalities=banks, mean_keys=keys, busiest=everywhere))
 
     per_key = (at(1, KEYS) - at(1)) / (KEYS - 0.5)
-    pressure = modality_pressure(loads, config.mesh.ep, config.train.placement == "load") if loads else {}
+    pressure = modality_pressure(loads, config.mesh, config.train.placement == "load") if loads else {}
     slopes = np.zeros(len(model.modalities))
     nothing = dict.fromkeys(range(len(model.symbols)), 0.0)
     for index, symbol in enumerate(model.symbols):

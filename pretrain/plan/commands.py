@@ -107,19 +107,24 @@ def bench_layers(config: str, overrides: tuple[str, ...], out: Path | None, repe
 
     import torch
 
-    from .measure import LAYERS_FILE, measure_layers, write_layers
+    from .crowd import measure
+    from .measure import LAYERS_FILE, write_layers
 
     resolved = load_config(config, overrides)
     if repeats < 1:
         raise click.BadParameter(f"must be at least 1, not {repeats}", param_hint="--repeats")
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))  # as a worker of a run
-    times = measure_layers(resolved, repeats)
+    times = measure(resolved, repeats)
     path = out or resolved.path / LAYERS_FILE
     write_layers(times, path)
-    click.echo(f"{times.machine}; {times.tokens} tokens")
+    beside = f", {times.processes} processes at once" if times.processes > 1 else ""
+    click.echo(f"{times.machine}; {times.tokens} tokens{beside}")
     for key, (forward, backward) in times.seconds.items():
         values = json.loads(key)
         click.echo(f"{values['kind']:<10} forward {forward * 1e3:>9.3f} ms  backward {backward * 1e3:>9.3f} ms")
+    if times.send is not None:
+        handed = f"pipeline    operation {times.operation * 1e3:>8.3f} ms  send     {times.send * 1e3:>9.3f} ms"
+        click.echo(handed)
     click.echo(f"table: {path}")
 
 

@@ -22,7 +22,8 @@ from ...parallel.pipeline.cost import (
     sharded_numel,
 )
 from ...parallel.pipeline.devices import collective_seconds
-from ...parallel.pipeline.schedule import Schedule, build_schedule, peak_in_flight, stage_rank
+from ...parallel.pipeline.lanes import overlapped
+from ...parallel.pipeline.schedule import Schedule, build_schedule, peak_in_flight, receive_buffers, stage_rank
 from ...parallel.pipeline.simulate import StageTime, Timeline, simulate
 from ...parallel.pipeline.stage import Stage, whole_model
 from ..config import RunConfig
@@ -43,6 +44,7 @@ class Memory:
         gathered: unsharded parameters in the compute dtype: of a whole stage under pp, else of the ends and two layers.
         unsharded_gradients: under pp of the whole stage, float32, all step long; else of the largest module.
         activations: the most that is kept for backward at once.
+        received: under pp torch's buffers for what stages receive, one per micro-batch and direction, kept for good.
         workspace: what the dearest backward needs besides.
         reserve: kept free.
     """
@@ -53,6 +55,7 @@ class Memory:
     gathered: float
     unsharded_gradients: float
     activations: float
+    received: float
     workspace: float
     reserve: float
 
@@ -124,7 +127,7 @@ def setting_of(config: RunConfig, timing: Timing, assumptions: Assumptions | Non
         context=config.context,
         recompute=config.recompute,
         modalities=len(config.model.modalities),
-        busiest=busiest_ranks(assumptions.loads, config.mesh.ep, config.train.placement == "load"),
+        busiest=busiest_ranks(assumptions.loads, config.mesh, config.train.placement == "load"),
     )
 
 
@@ -182,7 +185,8 @@ class Priced:
         """The whole prediction."""
         config, model = self.config, self.config.model
         send = _send(config, self.setting, self.timing)
-        timeline = simulate(self.schedule, _stage_times(self.costs, self.ends), send)
+        operation = self.timing.device.operation if config.mesh.pp > 1 else 0.0
+        timeline = simulate(self.schedule, _stage_times(self.costs, self.ends, operation), send)
         parts = {**self.parts, "bubble": timeline.bubble_seconds}
         tokens = config.data.global_batch * config.data.seq_len
         useful = 3 * flops_per_token(model, self.setting.mean_keys) * tokens
@@ -223,7 +227,9 @@ def price(
     n = len(model.symbols)
     stages: tuple[Stage, ...] = (whole_model(n),)
     name, chunks = "1f1b", 1
-    layers = layer_costs(model, setting, timing)
+    layers, at_once = layer_costs(model, setting, timing), 1
+    if config.train.overlap_dispatch:
+        layers, at_once = overlapped([symbol == "E" for symbol in model.symbols], layers), 2
     if mesh.pp > 1:
         check_split_backward(model, config.pipeline, config.recompute)
         name, chunks = config.pipeline.schedule, config.pipeline.chunks_per_rank
@@ -236,7 +242,7 @@ def price(
     costs = [[layers[index] for index in stage.layers] for stage in stages]
     ends = [end_cost(model, stage, setting, timing) for stage in stages]
     limit = timing.device.memory if memory_limit is None else memory_limit
-    held = [end.saved + sum(cost.saved for cost in group) for group, end in zip(costs, ends, strict=True)]
+    held = [at_once * (end.saved + sum(c.saved for c in group)) for group, end in zip(costs, ends, strict=True)]
     numels = _shards(model, stages, mesh)
     memory = tuple(
         _memory(config, schedule, rank, (costs, ends, held), numels, setting, RESERVE * limit)
@@ -280,9 +286,15 @@ def _memory(
         gathered=gathered,
         unsharded_gradients=gradients,
         activations=peak_in_flight(schedule, rank, held) + prepared,
+        received=receive_buffers(schedule, rank) * stream_bytes(config, setting),
         workspace=max(cost.workspace for s in mine for cost in (*layers[s], ends[s])),
         reserve=reserve,
     )
+
+
+def stream_bytes(config: RunConfig, setting: Setting) -> int:
+    """Bytes of a stage's output for one micro-batch: this rank's sequence shard."""
+    return setting.tokens // config.mesh.cp // config.mesh.tp * config.model.d_model * setting.itemsize
 
 
 def _stages_of(schedule: Schedule, rank: int) -> list[int]:
@@ -293,7 +305,7 @@ def parameter_shard(parts: Iterable[Part], mesh: MeshConfig) -> tuple[int, int]:
     """Elements and tensors of these parts on the first FSDP rank."""
     ranks, numel, tensors = mesh.dp_shard * mesh.cp, 0, 0
     for part in parts:
-        numel += sharded_numel(part, mesh.tp, ranks)
+        numel += sharded_numel(part, mesh.tp, ranks, mesh.ep, mesh.ep_spare)
         tensors += len(part.entries) if part.entries and len(part.shape) == 1 else 1
     return numel, tensors
 
@@ -313,12 +325,12 @@ def _shards(model: ModelConfig, stages: Sequence[Stage], mesh: MeshConfig) -> li
     return result
 
 
-def _stage_times(costs: Sequence[Sequence[Cost]], ends: Sequence[Cost]) -> list[StageTime]:
-    """Seconds of each stage's F, I and W; collectives of the backward belong to I."""
+def _stage_times(costs: Sequence[Sequence[Cost]], ends: Sequence[Cost], operation: float) -> list[StageTime]:
+    """Seconds of each stage's F, I and W; collectives of the backward, and what an operation adds, belong to I."""
     return [
         StageTime(
-            sum(c.forward + c.sent for c in (*layers, end)),
-            sum(c.inputs + c.sent_back for c in (*layers, end)),
+            sum(c.forward + c.sent for c in (*layers, end)) + operation,
+            sum(c.inputs + c.sent_back for c in (*layers, end)) + operation,
             sum(c.weights for c in (*layers, end)),
         )
         for layers, end in zip(costs, ends, strict=True)
@@ -330,9 +342,8 @@ def _send(config: RunConfig, setting: Setting, timing: Timing) -> float:
     mesh, device = config.mesh, timing.device
     if mesh.pp == 1:
         return 0.0
-    size = setting.tokens // mesh.cp // mesh.tp * config.model.d_model * setting.itemsize
     span = mesh.n_processes // mesh.pp + 1  # pp is the outermost axis: neighbours are a whole stage apart
-    return size / device.wire(span) + device.latency
+    return stream_bytes(config, setting) / device.wire(span) + device.latency
 
 
 def _parts_of_step(
@@ -349,8 +360,9 @@ def _parts_of_step(
     def parts_of(rank: int) -> dict[str, float]:
         mine = _stages_of(schedule, rank)
         all_costs = [cost for s in mine for cost in (*costs[s], ends[s])]
+        operations = 2 * len(mine) * timing.device.operation if config.mesh.pp > 1 else 0.0
         return {
-            "computation": count * sum(c.forward + c.inputs + c.weights for c in all_costs),
+            "computation": count * (sum(c.forward + c.inputs + c.weights for c in all_costs) + operations),
             "tensor parallel": count * sum(c.tensor + c.tensor_back for c in all_costs),
             "expert parallel": count * sum(c.experts + c.experts_back for c in all_costs),
             "context parallel": count * sum(c.context + c.context_back for c in all_costs),

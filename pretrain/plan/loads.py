@@ -11,15 +11,16 @@ from ...checkpoints.manifest import newest_checkpoint
 from ...checkpoints.rules import OPTIMIZER
 from ...checkpoints.sharded import read_tensors
 from ...parallel.kinds.moe import MoEConfig
+from ...parallel.mesh import MeshConfig
 from ...parallel.model import ModelConfig
-from ...parallel.placement import busiest, place_experts, rank_loads
+from ...parallel.placement import busiest, first_slots, place_experts, rank_loads
 from ..errors import ConfigError
 
 Loads = Mapping[int, Tensor]
 
 
 def read_loads(path: Path, model: ModelConfig) -> dict[int, Tensor]:
-    """Choices [modalities, experts] of the last step before a checkpoint, by expert layer.
+    """Choices [modalities, experts] of a step, averaged over those before a checkpoint, by expert layer.
 
     Args:
         path: a run folder (its newest checkpoint counts) or a checkpoint.
@@ -30,7 +31,7 @@ def read_loads(path: Path, model: ModelConfig) -> dict[int, Tensor]:
     folder = path if (path / "manifest.json").is_file() else newest_checkpoint(path / "checkpoints")
     if folder is None:
         raise ConfigError(f"loads: {path} is neither a checkpoint nor a run folder that holds one")
-    prefix = f"{OPTIMIZER}expert_load."
+    prefix = f"{OPTIMIZER}expert_load_mean."
     found = read_tensors(folder, prefix)
     loads = {}
     for index in range(len(model.symbols)):
@@ -50,26 +51,31 @@ def read_loads(path: Path, model: ModelConfig) -> dict[int, Tensor]:
     return loads
 
 
-def placements(loads: Loads, ep: int, by_load: bool) -> dict[int, tuple[int, ...]]:
+def placements(loads: Loads, mesh: MeshConfig, by_load: bool) -> dict[int, tuple[int, ...]]:
     """By layer the expert of each slot: dealt out in runs, or by load."""
-    return {
-        index: place_experts(load.sum(dim=0).tolist(), load.shape[1], ep) if by_load else tuple(range(load.shape[1]))
-        for index, load in loads.items()
-    }
+    result = {}
+    for index, load in loads.items():
+        experts = load.shape[1]
+        if by_load:
+            slots = experts + mesh.ep * mesh.ep_spare
+            result[index] = place_experts(load.sum(dim=0).tolist(), slots, mesh.ep)
+        else:
+            result[index] = first_slots(experts, mesh.ep, mesh.ep_spare)
+    return result
 
 
-def busiest_ranks(loads: Loads, ep: int, by_load: bool = False) -> dict[int, float]:
+def busiest_ranks(loads: Loads, mesh: MeshConfig, by_load: bool = False) -> dict[int, float]:
     """By layer, tokens of the busiest expert-parallel rank over the mean."""
-    placed = placements(loads, ep, by_load)
-    return {index: busiest(load.sum(dim=0).tolist(), placed[index], ep) for index, load in loads.items()}
+    placed = placements(loads, mesh, by_load)
+    return {index: busiest(load.sum(dim=0).tolist(), placed[index], mesh.ep) for index, load in loads.items()}
 
 
-def modality_pressure(loads: Loads, ep: int, by_load: bool = False) -> dict[int, list[float]]:
+def modality_pressure(loads: Loads, mesh: MeshConfig, by_load: bool = False) -> dict[int, list[float]]:
     """By layer and modality: choices of a token that go to the layer's busiest rank, over the even share of a rank.
 
     1 where nothing has been counted. Weighted by the modalities' choices they sum to `busiest_ranks`.
     """
-    placed, result = placements(loads, ep, by_load), {}
+    placed, result, ep = placements(loads, mesh, by_load), {}, mesh.ep
     for index, load in loads.items():
         everyone = rank_loads(load.sum(dim=0).tolist(), placed[index], ep)
         rank = everyone.index(max(everyone))

@@ -31,7 +31,7 @@ from ..objectives.next_token import next_token
 from ..prepare import open_data
 
 LAYERS_FILE = "layers.json"
-SCHEMA = 1
+SCHEMA = 2
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,9 @@ class LayerTimes:
         update: seconds of gradient norm and optimizer per parameter.
         prepare: seconds of moving a micro-batch in and describing its documents.
         matmul, copy: FLOP/s and bytes/s that this machine reaches on one large product and copy.
+        processes: how many measured at once; on a CPU they share caches and memory as the plan's processes do.
+        operation, send: seconds that the pipeline's runtime adds to a stage's forward or backward, and that a stage's
+            output travels to another process here, the runtime's part left out; nothing where one process measured.
     """
 
     machine: str
@@ -55,6 +58,9 @@ class LayerTimes:
     prepare: float
     matmul: float
     copy: float
+    processes: int = 1
+    operation: float = 0.0
+    send: float | None = None
 
 
 def this_machine() -> str:
@@ -120,9 +126,10 @@ def measured_timing(times: LayerTimes) -> Measured:
         if times.machine.startswith("cuda") and name.upper() in times.machine.upper():
             return Measured(device, times)
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    # Processes of one host talk through its memory; the latency is gloo's, a few system calls.
-    host = Device("cpu", times.matmul, memory, times.copy, times.copy, times.copy, 64, 1.0, 1.0, 1.0, 1.0, 3e-4)
-    return Measured(host, times)
+    # Processes of one host talk through its memory; where no send was measured, gloo's few system calls.
+    latency = 3e-4 if times.send is None else times.send
+    rates = (times.matmul, memory, times.copy, times.copy, times.copy)
+    return Measured(Device("cpu", *rates, 64, 1.0, 1.0, 1.0, 1.0, latency, times.operation), times)
 
 
 def _median(run: Callable[[], Any], repeats: int) -> float:
@@ -138,10 +145,14 @@ def _median(run: Callable[[], Any], repeats: int) -> float:
     return statistics.median(seconds)
 
 
-def measure_layers(config: RunConfig, repeats: int = 7) -> LayerTimes:
+def measure_layers(config: RunConfig, repeats: int = 7, together: Callable[[], Any] = lambda: None) -> LayerTimes:
     """Time every distinct layer of the model, and its ends, on the first micro-batch of the run's own data.
 
     One process; each layer is sharded over one rank as in training, so what the engine adds is in the numbers.
+    `crowd.measure` runs several at once.
+
+    Args:
+        together: called before each layer; returns when every process that measures is there.
 
     Raises:
         ConfigError, DataError: see `open_data`.
@@ -162,6 +173,7 @@ def measure_layers(config: RunConfig, repeats: int = 7) -> LayerTimes:
     for key, stage in stages.items():
         part = build_model(model, mesh, seed=config.seed, compute_dtype=compute, stage=stage)
         x = prepared.tokens if stage.embeds else torch.randn(tokens, model.d_model, dtype=compute, device=mesh.device)
+        together()
         seconds[key] = _forward_backward(part, x, prepared, repeats)
         if stage.predicts:
             update = _update(part, repeats)

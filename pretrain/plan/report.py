@@ -16,6 +16,7 @@ SHORT = {
     "gathered": "gathered",
     "unsharded_gradients": "whole grads",
     "activations": "activations",
+    "received": "received",
     "workspace": "workspace",
     "reserve": "reserve",
 }

@@ -65,7 +65,7 @@ def candidates(config: RunConfig, gpus: int, per_node: int) -> Iterator[RunConfi
         for shard, micro, ep in product(sorted(shards), micros, expert_ranks(config, per_node)):
             if dp % shard or shard * cp % ep:
                 continue
-            mesh = MeshConfig(dp // shard, shard, cp, tp, pp, ep)
+            mesh = MeshConfig(dp // shard, shard, cp, tp, pp, ep, config.mesh.ep_spare if ep > 1 else 0)
             for name, chunks in SCHEDULES if pp > 1 else SCHEDULES[:1]:
                 pipeline = PipelineConfig(schedule=name, chunks=chunks if pp > 1 else None)  # type: ignore[arg-type]
                 data = replace(config.data, micro_batch=micro)

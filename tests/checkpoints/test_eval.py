@@ -56,6 +56,7 @@ def log_likelihood(config: ModelConfig, prompt: str, choice: str) -> float:
 
 
 @pytest.mark.full
+@pytest.mark.timeout(900)
 def test_the_harness_runs_a_local_task_offline(folder: Path, tmp_path: Path) -> None:
     if importlib.util.find_spec("lm_eval") is None:
         pytest.skip("lm_eval is not installed (extra `eval`)")
@@ -72,13 +73,28 @@ def test_the_harness_runs_a_local_task_offline(folder: Path, tmp_path: Path) -> 
     assert result.exit_code == 0, repr(result.exception)
     row = next(line for line in result.output.splitlines() if "acc,none" in line)
     assert row.split()[-1] == "1"
-    unknown = CliRunner().invoke(evaluate_export, [str(folder), "--tasks", "no_such_task"])
-    assert isinstance(unknown.exception, CheckpointError) and "no task no_such_task" in str(unknown.exception)
+    for wrong, message in (
+        ([*arguments[:2], "no_such_task"], "no task no_such_task in the harness; give the folder"),
+        ([*arguments, "--max-length", "1"], "the harness cannot run local_likelihood"),
+        ([*arguments[:2], "hellaswag"], "the data of hellaswag is not on this machine"),
+    ):
+        result = CliRunner().invoke(evaluate_export, wrong)
+        assert isinstance(result.exception, CheckpointError), result.output
+        assert message in str(result.exception) and "\n" not in str(result.exception)
 
 
 def test_mistakes_are_one_line(folder: Path, tmp_path: Path) -> None:
     for place, message in ((tmp_path, "no config.json in it; export a run first"),):
         result = CliRunner().invoke(evaluate_export, [str(place), "--tasks", "x"])
+        assert isinstance(result.exception, CheckpointError) and message in str(result.exception)
+    for option, message in (
+        (["--batch-size", "0"], "--batch-size is 0; it must be at least 1"),
+        (["--limit", "-1"], "--limit is -1"),
+        (["--max-length", "0"], "--max-length is 0"),
+        (["--device", "gpu"], "no such device; accepted are cpu, cuda"),
+        (["--device", "cuda:99"], "CUDA devices here"),
+    ):
+        result = CliRunner().invoke(evaluate_export, [str(folder), "--tasks", "x", *option])
         assert isinstance(result.exception, CheckpointError) and message in str(result.exception)
     (folder / "tokenizer.json").unlink()
     result = CliRunner().invoke(evaluate_export, [str(folder), "--tasks", "x"])

@@ -41,12 +41,18 @@ UNEVEN = MambaConfig(width=24, d_state=6, head_dim=4, n_groups=2, chunk_size=8)
 WIDE = AttentionConfig(n_heads=4, n_kv_heads=1, head_dim=8)
 GROUPED = MoEConfig(n_experts=8, top_k=3, d_ff=8, d_ff_shared=12, n_groups=4, top_groups=2, renormalise=False)
 GELU, SWIGLU = MLPConfig(20, "gelu"), MLPConfig(20, "swiglu")
+GRANITE = MoEConfig(5, 2, d_ff=8, d_ff_shared=12, activation="swiglu", router="softmax", bias_update_rate=0.0)
 ROPE = AttentionConfig(n_heads=4, n_kv_heads=2, head_dim=6, rope_base=100.0)
 
 
 def small(pattern: str, routed: tuple[str, ...] = (), **changes: Any) -> ModelConfig:
     experts = MoEConfig(n_experts=4, top_k=2, d_ff=8, d_ff_shared=12, scale=1.5)
     return toy(pattern, routed, **({"vocab_size": 54, "moe": experts} | changes))
+
+
+def granite(field: str, value: Any, **more: Any) -> ModelConfig:
+    """A model that Granite could hold but for one setting of its experts."""
+    return small("ME*E", moe=dataclasses.replace(GRANITE, **{field: value}, **more))
 
 
 HYBRID = small("M-M*--ME")
@@ -58,7 +64,7 @@ def tensors_of(config: ModelConfig) -> dict[str, Tensor]:
     model = build_model(config, build_mesh(MeshConfig(dp_shard=1), "cpu"))
     tensors = {n: t.full_tensor() if isinstance(t, DTensor) else t for n, t in model_tensors(model).items()}
     for name, tensor in tensors.items():
-        if name.endswith("selection_bias"):
+        if name.endswith("selection_bias") and config.moe.bias_update_rate:
             tensor.copy_(torch.linspace(-0.2, 0.2, tensor.numel()))
     return tensors
 
@@ -81,6 +87,8 @@ def round_trip(
         (small("M--*M-", mlp=GELU), None, "NemotronHForCausalLM"),
         (small("*-E"), None, "NemotronHForCausalLM"),
         (small("M-*-M-", mlp=SWIGLU), None, "GraniteMoeHybridForCausalLM"),
+        (small("ME*EME", moe=GRANITE), None, "GraniteMoeHybridForCausalLM"),
+        (small("*EME", moe=dataclasses.replace(GRANITE, top_k=1), attention=ROPE), None, "GraniteMoeHybridForCausalLM"),
         (small("*-M-M-", mlp=SWIGLU, attention=ROPE), None, "GraniteMoeHybridForCausalLM"),
         (small("*-M-", mlp=SWIGLU, attention=WIDE), "granite", "GraniteMoeHybridForCausalLM"),
         (small("M*-", mamba=UNEVEN), None, "NemotronHForCausalLM"),
@@ -125,6 +133,15 @@ def test_mamba2_with_groups(tmp_path: Path) -> None:
         (ROUTED, "nemotron_h", "layer 0 routes z, x, B, C, dt, dt_bias, out by modality"),
         (small("MM", mamba=UNEVEN), "mamba2", "inner width 24, not a multiple of d_model 16"),
         (small("M-M*", mlp=SWIGLU), "granite", "not made of such pairs"),
+        (small("M-*E", mlp=SWIGLU, moe=GRANITE), "granite", "has both - and E"),
+        (small("ME*E"), "granite", "layer 1 has experts that are relu2 under a sigmoid router"),
+        (granite("partition", {"text": 2, "image": 2, "voice": 1}), "granite", "partitioned by modality"),
+        (granite("scale", 1.5), "granite", "layer 1 has expert weights that sum to 1.5"),
+        (granite("renormalise", False), "granite", "expert weights that are not renormalised"),
+        (granite("bias_update_rate", 1e-3), "granite", r"a selection bias \(bias_update_rate 0.001\)"),
+        (granite("d_ff", 10), "granite", "layer 1 has experts of 16 × 10"),
+        (granite("d_ff_shared", 0), "granite", "layer 1 has no shared expert"),
+        (granite("n_groups", 2, n_experts=6), "granite", "layer 1 chooses experts in 2 groups"),
         (small("M--*", mlp=SWIGLU), "granite", "the pattern M--\\* is not made of such pairs"),
         (small("M-*-"), "granite", "layer 1 is a relu2 MLP, and its own are swiglu"),
         (small("M-M-", mlp=SWIGLU), "granite", "has none"),
@@ -145,6 +162,16 @@ def test_a_target_that_cannot_hold_the_model_is_refused(config: ModelConfig, tar
     with pytest.raises(CheckpointError, match=reason):
         choose_target(config, target)
     assert choose_target(config) == "polylepis" or refusal(config, choose_target(config)) is None
+
+
+def test_a_selection_bias_that_granite_has_no_place_for_is_refused(tmp_path: Path) -> None:
+    """Left by an earlier training: the configuration says there is none, the checkpoint has one."""
+    config = small("ME*E", moe=GRANITE)
+    tensors = tensors_of(config)
+    tensors["layers.3.mixer.selection_bias"][1] = 0.03
+    with pytest.raises(CheckpointError, match=r"layers\.3\.mixer\.selection_bias is not zero \(up to 0\.03\)"):
+        export(config, Tensors(tensors), tmp_path / "hf", target="granite")
+    assert not os.listdir(tmp_path)
 
 
 def test_unknown_targets_are_refused() -> None:

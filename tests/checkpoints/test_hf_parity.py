@@ -32,11 +32,13 @@ EXPERTS = MoEConfig(n_experts=4, top_k=2, d_ff=8, d_ff_shared=12, scale=1.5)
 ROPE = AttentionConfig(n_heads=4, n_kv_heads=2, head_dim=6, rope_base=100.0)
 ONE_GROUP = MambaConfig(d_state=6, head_dim=4, n_groups=1, chunk_size=8)
 SWIGLU = MLPConfig(20, "swiglu")
+GRANITE = MoEConfig(5, 2, d_ff=8, d_ff_shared=12, activation="swiglu", router="softmax", bias_update_rate=0.0)
 MODELS: dict[str, tuple[Target, ModelConfig]] = {
     "mamba2": ("mamba2", toy("MM", modalities=("text",), mamba=ONE_GROUP)),
     "mamba2 in groups": ("mamba2", toy("MM", modalities=("text",))),
     "nemotron_h": ("nemotron_h", toy("M-M*--ME", modalities=("text",), moe=EXPERTS)),
     "granite": ("granite", toy("M-*-M-", modalities=("text",), mlp=SWIGLU)),
+    "granite with experts": ("granite", toy("ME*EME", modalities=("text",), moe=GRANITE)),
     "granite with rope": ("granite", toy("*-M-", modalities=("text",), mlp=SWIGLU, attention=ROPE)),
 }
 LENGTH = 21  # two chunks of 8 and an odd rest
@@ -92,6 +94,8 @@ def test_loss_and_every_gradient_equal_transformers(name: str, tmp_path: Path) -
     other.backward()
     torch.testing.assert_close(other.detach(), loss, rtol=1e-5, atol=0)
 
+    if name == "granite with experts":  # no parameter, and the rules read it beside the router
+        gradients |= {n: torch.zeros(5) for n in tensors.specs() if n.endswith("selection_bias")}
     rules = [rule for rule in export_rules(config, target) if set(rule.sources) <= gradients.keys()]
     assert sum(len(rule.sources) for rule in rules) == len(gradients)
     expected = in_memory(Transformed(Tensors(gradients), rules))
@@ -107,12 +111,19 @@ def on_disk(model: Any, target: Target) -> dict[str, Tensor]:
     result: dict[str, Tensor] = {}
     for name, parameter in model.named_parameters():
         key = name.replace("model.", "backbone.", 1) if target == "nemotron_h" else name
-        if key.endswith((".experts.up_proj", ".experts.down_proj")):
+        if ".block_sparse_moe." in name:
+            result[granite_on_disk(name)] = parameter.grad
+        elif key.endswith((".experts.up_proj", ".experts.down_proj")):
             stem, leaf = key.rsplit(".", 1)
             result |= {f"{stem}.{j}.{leaf}.weight": gradient for j, gradient in enumerate(parameter.grad)}
         else:
             result[key] = parameter.grad
     return result
+
+
+def granite_on_disk(name: str) -> str:
+    name = name.replace("experts.gate_up_proj", "input_linear.weight").replace("router.", "router.layer.")
+    return name.replace("experts.down_proj", "output_linear.weight")
 
 
 @pytest.mark.parametrize("name", MODELS)

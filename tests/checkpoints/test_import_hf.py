@@ -17,7 +17,9 @@ from polylepis.checkpoints.errors import CheckpointError
 from polylepis.checkpoints.foreign import hf, mamba_ssm
 from polylepis.checkpoints.foreign.base import vocab_multiple
 from polylepis.checkpoints.hf.export import export
+from polylepis.checkpoints.hf.layout import exported_shapes
 from polylepis.checkpoints.hf.reference import fresh_tensors, reference_logits
+from polylepis.checkpoints.hf.targets import Target, config_json
 from polylepis.checkpoints.manifest import newest_checkpoint
 from polylepis.checkpoints.sharded import load_checkpoint, save_checkpoint
 from polylepis.checkpoints.sources import Distributed
@@ -27,6 +29,7 @@ from polylepis.parallel.kinds.mlp import MLPConfig
 from polylepis.parallel.kinds.moe import MoEConfig
 from polylepis.parallel.mesh import MeshConfig, build_mesh
 from polylepis.parallel.model import ModelConfig, config_from_mapping
+from polylepis.pretrain.config import load_config
 from ranks import run_ranks
 from toys import ALL_ROUTED, toy
 
@@ -92,6 +95,15 @@ GRANITE = {
     "rope_theta": 500.0,
     "tie_word_embeddings": True,
 }
+EXPERTS = MoEConfig(6, 2, d_ff=8, d_ff_shared=12, activation="swiglu", router="softmax", bias_update_rate=0.0)
+GRANITE_EXPERTS = GRANITE | {
+    "num_local_experts": 5,
+    "num_experts_per_tok": 2,
+    "intermediate_size": 16,
+    "attention_multiplier": 0.3,
+    "residual_multiplier": 0.25,
+}
+FOREIGN = {"nemotron_h": NEMOTRON, "mamba2": MAMBA2, "granite": GRANITE, "granite with experts": GRANITE_EXPERTS}
 
 
 def theirs(values: dict[str, Any], folder: Path, dtype: torch.dtype = torch.float32) -> Any:
@@ -117,8 +129,9 @@ def call(*arguments: str | Path) -> Result:
     return CliRunner().invoke(convert, [str(a) for a in arguments])
 
 
-@pytest.mark.parametrize("values", [NEMOTRON, MAMBA2, GRANITE], ids=lambda v: v["model_type"])
-def test_we_compute_what_transformers_computes(values: dict[str, Any], tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", FOREIGN)
+def test_we_compute_what_transformers_computes(name: str, tmp_path: Path) -> None:
+    values = FOREIGN[name]
     model = theirs(values, tmp_path / "theirs")
     foreign = hf.read(tmp_path / "theirs")
     tokens = torch.randint(0, values["vocab_size"], (21,), generator=torch.Generator().manual_seed(1))
@@ -130,9 +143,10 @@ def test_we_compute_what_transformers_computes(values: dict[str, Any], tmp_path:
     assert bool(foreign.notes) == (values is not NEMOTRON)
 
 
-@pytest.mark.parametrize("values", [NEMOTRON, MAMBA2, GRANITE], ids=lambda v: v["model_type"])
-def test_folders_with_other_names_are_read_too(values: dict[str, Any], tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", FOREIGN)
+def test_folders_with_other_names_are_read_too(name: str, tmp_path: Path) -> None:
     """`model.` for `backbone.`, experts stacked as in memory, one pickled file."""
+    values = FOREIGN[name]
     model = theirs(values, tmp_path / "theirs")
     expected = in_memory(hf.read(tmp_path / "theirs").tensors)
     other = tmp_path / "other"
@@ -141,6 +155,8 @@ def test_folders_with_other_names_are_read_too(values: dict[str, Any], tmp_path:
     state = model.state_dict()
     if values["model_type"] == "nemotron_h":
         assert "model.layers.5.mixer.experts.up_proj" in state
+    if values is GRANITE_EXPERTS:
+        assert "model.layers.2.block_sparse_moe.experts.gate_up_proj" in state
     if values.get("tie_word_embeddings"):
         del state["lm_head.weight"]
     torch.save(state, other / "pytorch_model.bin")
@@ -164,8 +180,12 @@ def sharded(run: str, config: ModelConfig, mesh: MeshConfig) -> None:
         (toy("M*-ME", ALL_ROUTED), MeshConfig(dp_shard=2)),
         (toy("MM", (), modalities=("text",), vocab_size=48), MeshConfig(dp_shard=2)),
         (toy("M-*-", (), modalities=("text",), mlp=MLPConfig(20, "swiglu")), MeshConfig(dp_shard=1, tp=2)),
+        (
+            toy("ME*E", (), modalities=("text",), moe=EXPERTS),
+            MeshConfig(dp_shard=2, ep=2),
+        ),
     ],
-    ids=["nemotron_h tp2", "polylepis fsdp2", "mamba2 fsdp2", "granite tp2"],
+    ids=["nemotron_h tp2", "polylepis fsdp2", "mamba2 fsdp2", "granite tp2", "granite experts ep2"],
 )
 @pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.full)])
 def test_import_shard_export_is_the_same_bits(
@@ -294,6 +314,25 @@ PUBLISHED = {
         "state_size": 128,
         "chunk_size": 256,
     },
+    "granite-4.0-h-tiny": {  # four of its forty layers
+        "model_type": "granitemoehybrid",
+        "vocab_size": 100352,
+        "hidden_size": 1536,
+        "num_hidden_layers": 4,
+        "layer_types": ["mamba", "mamba", "attention", "mamba"],
+        "num_attention_heads": 12,
+        "num_key_value_heads": 4,
+        "shared_intermediate_size": 1024,
+        "intermediate_size": 512,
+        "num_local_experts": 64,
+        "num_experts_per_tok": 6,
+        "mamba_n_heads": 48,
+        "mamba_d_head": 64,
+        "mamba_n_groups": 1,
+        "mamba_d_state": 128,
+        "attention_multiplier": 0.0078125,
+        "position_embedding_type": "nope",
+    },
     "granite-4.0-h-micro": {
         "model_type": "granitemoehybrid",
         "vocab_size": 100352,
@@ -314,6 +353,27 @@ PUBLISHED = {
         "position_embedding_type": "nope",
     },
 }
+GRANITE_NAMES = (
+    ("router.weight", "router.layer.weight"),
+    ("experts.gate_up_proj", "input_linear.weight"),
+    ("experts.down_proj", "output_linear.weight"),
+)
+
+
+def names_on_disk(model: Any, kind: str) -> dict[str, tuple[int, ...]]:
+    """Shapes by the names that a class's tensors have in files, which are older than those in memory."""
+    result: dict[str, tuple[int, ...]] = {}
+    for key, tensor in model.state_dict().items():
+        if kind == "nemotron_h":
+            key = key.replace("model.", "backbone.", 1)
+            if key.endswith((".experts.up_proj", ".experts.down_proj")):
+                stem, leaf = key.rsplit(".", 1)
+                result |= {f"{stem}.{j}.{leaf}.weight": tuple(tensor.shape[1:]) for j in range(tensor.shape[0])}
+                continue
+        for memory, disk in GRANITE_NAMES:
+            key = key.replace(f"block_sparse_moe.{memory}", f"block_sparse_moe.{disk}")
+        result[key] = tuple(tensor.shape)
+    return result
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -325,16 +385,32 @@ def test_names_are_those_of_the_real_class(name: str) -> None:
     rest = {key: value for key, value in values.items() if key != "model_type"}
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(values["model_type"], **rest))
-    expected: dict[str, tuple[int, ...]] = {}
-    for key, tensor in model.state_dict().items():  # to the names on disk
-        if values["model_type"] == "nemotron_h":
-            key = key.replace("model.", "backbone.", 1)
-            if key.endswith((".experts.up_proj", ".experts.down_proj")):
-                stem, leaf = key.rsplit(".", 1)
-                expected |= {f"{stem}.{j}.{leaf}.weight": tuple(tensor.shape[1:]) for j in range(tensor.shape[0])}
-                continue
-        expected[key] = tuple(tensor.shape)
-    assert hf.expected_names(values) == expected
+    config, target = hf.described(values)
+    assert exported_shapes(config, target) == names_on_disk(model, values["model_type"])
+
+
+PUBLISHED_OURS = [*PUBLISHED, "mixture-of-mamba-1.5b"]
+
+
+@pytest.mark.parametrize("name", PUBLISHED_OURS)
+def test_an_export_has_the_names_of_the_class_that_its_config_makes(name: str) -> None:
+    """`config.json` as written → the real class on the meta device: its keys, none extra, none absent."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from polylepis.checkpoints.hf.register import register
+
+    register()
+    target: Target = "polylepis"
+    if name in PUBLISHED:
+        config, target = hf.described(PUBLISHED[name])
+    else:
+        config = load_config(name).model
+    values = config_json(config, target, None, torch.bfloat16, 4096)
+    rest = {key: value for key, value in values.items() if key != "model_type"}
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(values["model_type"], **rest))
+    assert type(model).__name__ == values["architectures"][0]
+    assert names_on_disk(model, values["model_type"]) == exported_shapes(config, target)
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import pickle
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,8 @@ from polylepis.checkpoints.errors import CheckpointError
 from polylepis.checkpoints.foreign import megatron
 from polylepis.checkpoints.hf.reference import fresh_tensors
 from polylepis.checkpoints.manifest import newest_checkpoint
-from polylepis.checkpoints.restricted import Inert, load_metadata, load_torch
-from polylepis.checkpoints.sources import Distributed
+from polylepis.checkpoints.restricted import Inert, load_torch, read_index
+from polylepis.checkpoints.sources import Distributed, TorchFile
 from polylepis.checkpoints.transforms import in_memory
 from polylepis.parallel.kinds.attention import AttentionConfig
 from polylepis.parallel.kinds.mamba import MambaConfig
@@ -322,12 +323,12 @@ def test_no_pickle_is_executed(tmp_path: Path) -> None:
 
     (tmp_path / "dcp").mkdir()
     (tmp_path / "dcp" / ".metadata").write_bytes(pickle.dumps(bomb))
-    with pytest.raises(CheckpointError, match="holds system, not the metadata"):
-        load_metadata(tmp_path / "dcp")
+    with pytest.raises(CheckpointError, match=r"asks for posix\.system\); nothing was executed"):
+        read_index(tmp_path / "dcp")
+    with pytest.raises(CheckpointError, match="holds a system, not the index"):
+        Distributed(tmp_path / "dcp")
     (tmp_path / "bin").mkdir()
     with pytest.raises(CheckpointError, match="not a mapping"):
-        from polylepis.checkpoints.sources import TorchFile
-
         torch.save(bomb, tmp_path / "bin" / "pytorch_model.bin")
         TorchFile.open(tmp_path / "bin" / "pytorch_model.bin")
     torch.jit.script(torch.nn.Linear(2, 2)).save(str(tmp_path / "program.pt"))
@@ -356,6 +357,43 @@ def test_no_pickle_is_executed(tmp_path: Path) -> None:
 def test_what_cannot_be_imported_is_refused(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
     write_pickled(tmp_path, CONFIG, 2, [[0, 1, 2, 3, 4]], **changes)
     with pytest.raises(CheckpointError, match=message):
+        megatron.read(tmp_path)
+
+
+def regroup(folder: Path, pp: int, virtual: int, **changes: Any) -> None:
+    """Stage v·pp + p of a pickled checkpoint becomes `model{v}` of pipeline rank p, as Megatron interleaves."""
+    place = folder / "iter_0000007"
+    for rank in range(2):
+        opened = [
+            torch.load(place / f"mp_rank_{rank:02d}_{s:03d}" / "model_optim_rng.pt", weights_only=False)
+            for s in range(pp * virtual)
+        ]
+        for stage in range(pp * virtual):
+            shutil.rmtree(place / f"mp_rank_{rank:02d}_{stage:03d}")
+        for p in range(pp):
+            values = {k: v for k, v in opened[p].items() if k != "model"}
+            values |= {f"model{v}": opened[v * pp + p]["model"] for v in range(virtual)}
+            sizes = {"pipeline_model_parallel_size": pp, "virtual_pipeline_model_parallel_size": virtual}
+            vars(values["args"]).update(sizes | changes)
+            target = place / f"mp_rank_{rank:02d}_{p:03d}" / "model_optim_rng.pt"
+            target.parent.mkdir()
+            torch.save(values, target)
+
+
+def test_virtual_pipeline_stages(tmp_path: Path) -> None:
+    expected = write_pickled(tmp_path, CONFIG, 2, [[0], [1, 2], [3], [4]])
+    regroup(tmp_path, 2, 2)
+    assert_same(in_memory(megatron.read(tmp_path).tensors), expected)
+    file = tmp_path / "iter_0000007" / "mp_rank_01_001" / "model_optim_rng.pt"
+    values = torch.load(file, weights_only=False)
+    del values["model0"]
+    torch.save(values, file)
+    with pytest.raises(CheckpointError, match="holds model1; expected is model, or model0, model1 and so on"):
+        megatron.read(tmp_path)
+    shutil.rmtree(tmp_path / "iter_0000007")
+    write_pickled(tmp_path, CONFIG, 2, [[0], [1, 2], [3], [4]])
+    regroup(tmp_path, 2, 2, virtual_pipeline_model_parallel_size=4)
+    with pytest.raises(CheckpointError, match=r"files of \[2\] virtual pipeline stages, but args say 4"):
         megatron.read(tmp_path)
 
 

@@ -15,6 +15,8 @@ from polylepis.checkpoints.maps import (
     KEEP,
     Cast,
     Fan,
+    Flatten,
+    LeaveZero,
     Map,
     Noise,
     Pack,
@@ -25,6 +27,7 @@ from polylepis.checkpoints.maps import (
     Stack,
     Transpose,
     Unfan,
+    Unflatten,
     Unpack,
     Unsqueeze,
 )
@@ -54,7 +57,8 @@ def invertible(draw: Any) -> tuple[Map, list[torch.Tensor]]:
     shapes = [(size, width) if axis == "out" else (width, size) for size in sizes]
     tensors = [numbered(*shape, start=100 * k) for k, shape in enumerate(shapes)]
     pack = Pack(sizes, ranks, axis)
-    kind = draw(st.sampled_from(["pack", "unpack", "fan", "permute", "place", "stack", "transpose", "scale"]))
+    kinds = ["pack", "unpack", "fan", "permute", "place", "stack", "unflatten", "flatten", "zero", "transpose", "scale"]
+    kind = draw(st.sampled_from(kinds))
     one = [numbered(4, 3)]
     if kind == "pack":
         return pack, tensors
@@ -67,6 +71,12 @@ def invertible(draw: Any) -> tuple[Map, list[torch.Tensor]]:
     if kind == "place":
         cut, gap = draw(st.integers(0, 4)), draw(st.integers(0, 3))
         return Place(4, 4 + gap, ((0, 0, cut), (cut, cut + gap, 4 - cut)), draw(st.sampled_from(["zero", "mean"]))), one
+    if kind == "unflatten":
+        return Unflatten(draw(st.sampled_from([1, 2, 4]))), one
+    if kind == "flatten":
+        return Flatten(2), [numbered(2, 3, 2)]
+    if kind == "zero":
+        return LeaveZero(4, "a bias"), [*one, torch.zeros(4)]
     if kind == "stack":
         return Stack(), [numbered(2, 3), numbered(2, 3, start=9)]
     return (Transpose(), one) if kind == "transpose" else (Scale(2.0 ** draw(st.integers(-3, 3))), one)
@@ -118,6 +128,12 @@ def test_what_has_no_inverse_says_so() -> None:
     assert Cast(torch.bfloat16).inverse() is None and Scale(0.22).inverse() is None
     assert Noise(0.1).inverse() is None and Noise(0.0).inverse() is KEEP
     assert Place(4, 6, ((0, 0, 3),)).inverse() is None  # a row is lost
+    assert Place(4, 6, ((0, 0, 3), (0, 3, 1))).inverse() is None  # one is lost, another copied
+    with pytest.raises(CheckpointError, match=r"a bias is not zero \(up to 3\)"):
+        LeaveZero(4, "a bias")([numbered(4, 3), numbered(4)])
+    for wrong in (Unflatten(3), Flatten(3)):
+        with pytest.raises(CheckpointError, match=r"\(4, 3\)"):
+            wrong([numbered(4, 3)])
     with pytest.raises(CheckpointError, match=r"a → b: Cast.* has no inverse"):
         invert([Rule(("a",), ("b",), Cast(torch.float16))])
     with pytest.raises(CheckpointError, match="drops a"):

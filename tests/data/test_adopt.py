@@ -18,9 +18,11 @@ from polylepis.data.adopt import adopt
 from polylepis.data.commands import data
 from polylepis.data.dataset import Dataset
 from polylepis.data.errors import DataError
-from polylepis.data.index import cut_text, energon_path, index_path, scan_shard
+from polylepis.data.index import energon_path, index_path
 from polylepis.data.maintenance import index_shards
-from polylepis.data.shards import ShardFiles, ShardWriter
+from polylepis.data.pread import ShardFiles
+from polylepis.data.scan import cut_text, scan_shard
+from polylepis.data.shards import ShardWriter
 from polylepis.data.stream import Source, Stream, StreamConfig
 from polylepis.data.tokenizer import HubTokenizer, TextTokenizer, load_tokenizer
 from polylepis.data.vocabulary import Vocabulary

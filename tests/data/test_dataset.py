@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -199,3 +201,21 @@ def test_composer_refusals(dataset: Dataset) -> None:
         composer.document([("smell", [1])])
     with pytest.raises(DataError, match=r"an image .* has 16 codes, got 3"):
         composer.decode(composer.document([("image", [1, 2, 3])]))
+
+
+def test_a_start_imports_only_what_it_needs(small: Path) -> None:
+    """The first batch after a resume is counted in milliseconds from the start of the process; torch takes a second."""
+    script = f"""
+import sys
+from polylepis.data.dataset import Dataset
+from polylepis.data.stream import Stream, StreamConfig
+config = StreamConfig({str(small)!r}, seq_len=512, global_batch=2, micro_batch=1)
+step = Stream(Dataset.open(config.path), config, dp_rank=0, dp_size=1).next()
+assert step.rows["tokens"].shape == (2, 512) and step.total_weight > 0
+heavy = {{"torch", "sentencepiece", "fsspec", "PIL", "webdataset", "pydantic", "polylepis.data.codecs"}} & set(sys.modules)
+assert not heavy, heavy
+assert step.micro_batches[1]["tokens"].shape == (1, 512) and "torch" in sys.modules
+"""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr

@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 
 from polylepis.data.errors import DataError
-from polylepis.data.index import ShardIndex, index_path, scan_shard
+from polylepis.data.index import ShardIndex, index_path
+from polylepis.data.scan import scan_shard
 from polylepis.data.shards import ShardWriter
 from polylepis.data.vocabulary import Vocabulary
 

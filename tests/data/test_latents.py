@@ -21,13 +21,15 @@ from polylepis.data.adopt import save_meaning
 from polylepis.data.codecs import ByteCodec, Codec, GivenLatents
 from polylepis.data.commands import data
 from polylepis.data.compose import Composer
-from polylepis.data.dataset import Dataset, fingerprints, write_manifest
+from polylepis.data.dataset import Dataset
 from polylepis.data.encode import EncodeConfig, encode_folder
 from polylepis.data.errors import BadSampleError, DataError
-from polylepis.data.index import ShardIndex, index_path, scan_shard
+from polylepis.data.index import ShardIndex, index_path
 from polylepis.data.latents import LatentFormat, most_in_a_row, parse_member, to_bits, to_float, to_member
+from polylepis.data.manifest import fingerprints, write_manifest
 from polylepis.data.preview import write_preview
 from polylepis.data.quarantine import QuarantineConfig
+from polylepis.data.scan import scan_shard
 from polylepis.data.shards import Sample, ShardWriter
 from polylepis.data.share import same_everywhere
 from polylepis.data.stream import Step, Stream, StreamConfig

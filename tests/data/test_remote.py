@@ -17,7 +17,8 @@ import torch
 
 from polylepis.data.dataset import Dataset
 from polylepis.data.errors import BadSampleError, DataError
-from polylepis.data.remote import RemoteFolder, is_url
+from polylepis.data.files import is_url
+from polylepis.data.remote import RemoteFolder
 from polylepis.data.stream import Stream, StreamConfig
 
 SHARD = "heldout-00000.tar"

@@ -17,8 +17,10 @@ import pytest
 
 from polylepis.data.dataset import Dataset
 from polylepis.data.errors import DataError
-from polylepis.data.index import ShardIndex, index_path, scan_shard
-from polylepis.data.shards import Sample, ShardFiles, ShardWriter
+from polylepis.data.index import ShardIndex, index_path
+from polylepis.data.pread import ShardFiles
+from polylepis.data.scan import scan_shard
+from polylepis.data.shards import Sample, ShardWriter
 from polylepis.data.vocabulary import Vocabulary
 
 

@@ -20,7 +20,7 @@ from segment_cases import DOCUMENTS
 from segment_cases import results as segments
 from test_ssd import LAYOUTS, assert_close, draw, packed, run
 
-from polylepis.kernels.ssd import ssd, ssd_core, ssd_reference, triton_scan
+from polylepis.kernels.ssd import enter, ssd, ssd_core, ssd_reference, summarise, triton_scan
 from polylepis.kernels.ssd.triton_config import INTERPRETER
 
 F32 = torch.float32
@@ -252,20 +252,43 @@ def test_refusals() -> None:
             triton(**{**t, **change})
 
 
+@pytest.mark.parametrize("save", [False, True])
 @pytest.mark.parametrize("layout", DOCUMENTS)
-def test_segments_equal_the_whole(layout: str) -> None:
-    ids = DOCUMENTS[layout]
+def test_segments_equal_the_whole(layout: str, save: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three segments pay three backwards of a segment, and compute states again only where they were not saved."""
+    ids, calls = DOCUMENTS[layout], []
     want = segments(ids, "torch", torch.float64, False)
-    assert_close(segments(ids, "triton", F32, True), want, TOLERANCE)
+    for name in ("gradients", "decays"):
+        original = getattr(triton_scan, name)
+        monkeypatch.setattr(triton_scan, name, lambda *a, n=name, f=original, **k: (calls.append(n), f(*a, **k))[1])
+    assert_close(segments(ids, "triton", F32, True, save_states=save), want, TOLERANCE)
+    assert calls.count("gradients") == 3 and calls.count("decays") == (3 if save else 6)
+
+
+def test_a_segment_entered_twice_or_never() -> None:
+    """Gradients add up: autograd's graph holds nothing but derivatives."""
+    t = draw(2, 21, 4, 5, 2, 3, F32)
+    grads = []
+    for tensors, backend in ((t, "triton"), (exact(t), "torch")):
+        x, dt, B, C, D, start = (tensors[n] for n in ("x", "dt", "B", "C", "D", "initial_states"))
+        decay = -dt.abs()
+        segment, kept = summarise(x, decay, dt, B, C, D=D, chunk_size=16, backend=backend)
+        both = enter(kept, start) * 0.5 + enter(kept, 2 * start).square()
+        used = [x, dt, B, C, D, start]
+        twice = torch.autograd.grad(both.sum() + segment.state.square().sum(), used, retain_graph=True)
+        never = torch.autograd.grad(segment.state.square().sum(), [x, dt, B], retain_graph=True)
+        grads.append((both.detach(), *twice, *never, *torch.autograd.grad(both.sum(), used)))
+    assert_close(grads[0], grads[1], TOLERANCE)
 
 
 def test_segment_opcheck() -> None:
     t = draw(1, 18, 2, 3, 1, 2, F32)
-    names, code = ("x", "dt", "dt", "B"), torch.zeros(1, 18, dtype=torch.int32)
-    args = (*(t[n] for n in names), code, 16, 16)
-    torch.library.opcheck(torch.ops.polylepis.ssd_segment.default, args)
-    kept = [k.detach() for k in torch.ops.polylepis.ssd_segment(*args)[1:]]
-    rest = (*(t[n] for n in (*names, "C", "D", "initial_states")), code, *kept, 16, 16)
+    names, code = ("x", "dt", "dt", "B", "C", "D"), torch.zeros(1, 18, dtype=torch.int32)
+    args = (*(t[n] for n in names), code, 16)
+    for save in (False, True):
+        torch.library.opcheck(torch.ops.polylepis.ssd_segment.default, (*args, save))
+    stand_in, *kept = (k.detach() for k in torch.ops.polylepis.ssd_segment(*args, False)[1:])
+    rest = (stand_in, *(t[n] for n in (*names, "initial_states")), code, *kept, 16)
     torch.library.opcheck(torch.ops.polylepis.ssd_entered.default, rest)
 
 

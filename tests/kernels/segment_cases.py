@@ -13,7 +13,9 @@ CUTS = [0, 11, 28, 40]
 DOCUMENTS = {"one": None, "documents": packed((0, 6), (1, 25), (-1, 3), (2, 6))}
 
 
-def results(ids: Tensor | None, backend: str, dtype: torch.dtype, cut: bool) -> tuple[Tensor, ...]:
+def results(
+    ids: Tensor | None, backend: str, dtype: torch.dtype, cut: bool, *, save_states: bool = False
+) -> tuple[Tensor, ...]:
     """(y, final states, gradients), by segments or in one piece."""
     t = draw(1, CUTS[-1], 2, 3, 1, 2, dtype)
     t["log_decay"] = (-t["dt"].abs()).detach().requires_grad_()
@@ -27,7 +29,8 @@ def results(ids: Tensor | None, backend: str, dtype: torch.dtype, cut: bool) -> 
         for a, b in zip(CUTS[:-1], CUTS[1:], strict=True):
             x, decay, scale, B, C = (t[n][:, a:b] for n in names)
             part = None if ids is None else ids[:, a:b]
-            parts.append(summarise(x, decay, scale, B, C, D=D, seq_idx=part, chunk_size=16, backend=backend))
+            options = {"D": D, "seq_idx": part, "chunk_size": 16, "save_states": save_states}
+            parts.append(summarise(x, decay, scale, B, C, **options, backend=backend))
         whole = Segment(start, torch.zeros(start.shape[:2], dtype=dtype))
         outs = []
         for index, (segment, kept) in enumerate(parts):

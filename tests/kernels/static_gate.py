@@ -137,6 +137,7 @@ def scan_uses(
                     reach = new(b, h, scan.chunks, dtype=torch.float32)
                     states, _, _ = triton_scan.pass_states(scan, cs, scale, None, reach=reach)
                     triton_scan.outputs(scan, cs, scale, states, reach, initial)
+                    triton_scan.entry_gradients(scan, cs, scale, reach, initial, y)
                 if backward:
                     triton_scan.gradients(scan, cs, scale, states, y, final)
             # the backward's recomputation compiles what its forward would; the forward's output only once

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from equivalence import batches
+from equivalence import batches, start_experts
 from polylepis.checkpoints.sharded import model_tensors, optimizer_tensors
 from polylepis.parallel import parts
 from polylepis.parallel.engines.base import Engine
@@ -22,6 +22,7 @@ from polylepis.parallel.engines.fsdp import FSDPEngine, build_model
 from polylepis.parallel.errors import PlanError
 from polylepis.parallel.mesh import MeshConfig, build_mesh
 from polylepis.parallel.model import ModelConfig
+from polylepis.pretrain.experts import finish_experts
 from polylepis.pretrain.objectives.next_token import next_token
 from polylepis.pretrain.optim import OptimConfig, build_optimizer
 from ranks import run_ranks
@@ -48,10 +49,10 @@ def whole(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {n: (t.full_tensor() if isinstance(t, DTensor) else t).clone() for n, t in tensors.items()}
 
 
-def steps(engine: Engine, count: int, rank: int, size: int) -> list[tuple[float, list[float]]]:
+def steps(engine: Engine, count: int, rank: int, size: int, first: int = 0) -> list[tuple[float, list[float]]]:
     """Norm and summed losses of `count` clipped steps on batches without an absent and with an absent modality."""
     seen = []
-    for step in range(count):
+    for step in range(first, first + count):
         all_batches = batches((1,) if step % 2 else ())
         total = sum(float(b["loss_weight"].sum()) for b in all_batches)
         sums = engine.accumulate(all_batches[rank::size], total)
@@ -166,6 +167,37 @@ def test_three_steps_equal_fsdp(zero: DeepSpeedConfig, mesh: MeshConfig) -> None
     """Norms under sequence parallelism, routed banks, experts; an absent modality in the second step."""
     for actual in run_ranks(4, run_deepspeed, toy("M*-E", ALL_ROUTED), mesh, zero)[:2]:
         assert_same_run(scaled(actual, mesh.tp), expected("M*-E"))
+
+
+TERMS = {"aux_sequence": 0.7, "aux_global": 0.4, "z_loss": 0.3, "bias_update_rate": 0.01}
+
+
+def balanced(mesh_config: MeshConfig, zero: DeepSpeedConfig | None) -> Any:
+    """Three steps with every balancing term, the selection biases moved after each; the bias at the end as well."""
+    config = toy("ME-", ALL_ROUTED)
+    config = replace(config, moe=replace(config.moe, **TERMS))
+    engine: Engine = fsdp_engine(config, mesh_config) if zero is None else deepspeed_engine(config, mesh_config, zero)
+    (model,) = engine.models
+    start_experts(model)
+    seen = []
+    for step in range(3):
+        seen += steps(engine, 1, engine.mesh.dp_rank, engine.mesh.dp_size, first=step)
+        finish_experts(engine)
+    if isinstance(engine, FSDPEngine):
+        return seen, whole(model_tensors(model) | optimizer_tensors(model, engine.optimizer))
+    return seen, whole(engine.optimizer.tensors())  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("stage", [2, *(pytest.param(stage, marks=pytest.mark.full) for stage in (1, 3))])
+def test_balancing_terms_and_biases_equal_fsdp(stage: Any) -> None:
+    """They are divided by W as the loss is, whatever DeepSpeed averages over."""
+    wanted = run_ranks(1, balanced, MeshConfig(), None)[0]
+    plain = run_ranks(1, run_fsdp, toy("ME-", ALL_ROUTED), MeshConfig())[0]
+    assert abs(wanted[0][0][0] - plain[0][0][0]) > 0.01 * plain[0][0][0], "the terms must matter to the norm"
+    actual = run_ranks(4, balanced, MeshConfig(tp=2), DeepSpeedConfig(stage=stage, persistent=100))[0]
+    assert_same_run(scaled(actual, 2), wanted)
+    biases = [name for name in wanted[1] if name.endswith("selection_bias")]
+    assert biases and all(wanted[1][n].abs().max() > 0 and torch.equal(actual[1][n], wanted[1][n]) for n in biases)
 
 
 @pytest.mark.parametrize("stage", [2, 3])

@@ -16,6 +16,7 @@ from polylepis.parallel.kinds.moe import MoEConfig
 from polylepis.parallel.mesh import ContextConfig, MeshConfig
 from polylepis.parallel.model import ModelConfig
 from polylepis.parallel.pipeline.config import PipelineConfig, cut_stages
+from polylepis.parallel.pipeline.schedule import build_schedule, receive_buffers
 from polylepis.parallel.recompute import RecomputeConfig
 from ranks import run_ranks
 from toys import ALL_ROUTED, flop_costs, toy
@@ -186,3 +187,23 @@ def test_refused_numbers_of_micro_batches() -> None:
     with pytest.raises(PlanError, match=r"9 micro-batches .* into 2 rounds of interleaved over pp 4; the nearest is 8"):
         PipelineConfig("interleaved").check_micro_batches(9, 4)
     PipelineConfig("interleaved").check_micro_batches(10, 4)
+
+
+def received_bytes(config: ModelConfig, case: Case) -> tuple[int, int]:
+    """Bytes of torch's receive buffers on this rank after a step, and those of one stage's output."""
+    engine, _ = build(config, case)
+    step(engine, case)
+    stages = engine._stages
+    infos = [
+        i for s in stages for infos in (s.args_recv_info, s.grad_recv_info) for some in infos.values() for i in some
+    ]
+    held = [info.buffer for info in infos if info.buffer is not None]
+    return sum(buffer.nbytes for buffer in held), held[0].nbytes
+
+
+@pytest.mark.parametrize("pipeline", [PipelineConfig(), PipelineConfig("interleaved", chunks=2)], ids=str)
+def test_the_planner_knows_what_stages_receive_into(pipeline: PipelineConfig) -> None:
+    case = Case(MeshConfig(dp_shard=1, pp=2), pipeline)
+    schedule = build_schedule(pipeline.schedule, 2, case.count, pipeline.chunks_per_rank)
+    for rank, (total, one) in enumerate(run_ranks(2, received_bytes, toy("M*-M"), case)):
+        assert total == one * receive_buffers(schedule, rank)

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import yaml
 from click.testing import CliRunner
 
 from polylepis.checkpoints.commands import convert
@@ -21,9 +20,10 @@ from polylepis.parallel.kinds.moe import MoEConfig
 from polylepis.parallel.mesh import MeshConfig, build_mesh
 from polylepis.parallel.model import ModelConfig
 from polylepis.pretrain.config import RunConfig, load_config
+from polylepis.pretrain.errors import ConfigError
 from polylepis.pretrain.meter.tracker import read_metrics
 from polylepis.pretrain.objectives.next_token import next_token
-from polylepis.pretrain.prepare import check_all, open_data
+from polylepis.pretrain.prepare import check_all, check_folder, open_data
 from polylepis.pretrain.train import train
 from ranks import run_ranks
 from toys import ALL_ROUTED, toy
@@ -57,12 +57,13 @@ def test_training_starts_from_the_imported_weights(model: ModelConfig, mesh: Mes
     arguments = [str(export(model, tensors, tmp_path / "hf", context=64)), "--from", "hf", "--out", str(run)]
     result = CliRunner().invoke(convert, arguments)
     assert result.exit_code == 0, result.output + repr(result.exception)
-    file = run / "config.yaml"  # edited, as data and optimizer may only be changed there
-    values = yaml.safe_load(file.read_text())
-    values["data"] |= {"global_batch": 2, "micro_batch": 1}
-    file.write_text(yaml.safe_dump(values))
     changes = [f"mesh.tp={mesh.tp}", f"mesh.dp_shard={mesh.dp_shard}", "train.steps=2", "train.device=cpu"]
+    changes += ["data.global_batch=2", "data.micro_batch=1", "optim.lr=2e-4", "model.moe.aux_global=0.01", "seed=3"]
     config = load_config(str(run), [*changes, "tracking.wandb=disabled"])
+    with pytest.raises(
+        ConfigError, match=r"imported weights of a model that differs in model\.moe\.top_k: 2 → 1; data"
+    ):
+        check_folder(load_config(str(run), [*changes, "model.moe.top_k=1"]))
     check_all(config, 2)
     expected = first_loss(config, model, in_memory(tensors))
     run_ranks(2, train, config)
@@ -73,6 +74,10 @@ def test_training_starts_from_the_imported_weights(model: ModelConfig, mesh: Mes
     checkpoint = newest_checkpoint(run / "checkpoints")
     assert checkpoint is not None and checkpoint.name == "step-00000002"
     assert "weights_only" not in read_manifest(checkpoint)
+    check_folder(config)
+    for change in ("data.global_batch=4", "optim.lr=1e-3", "model.moe.aux_global=0.0"):  # trained: settled
+        with pytest.raises(ConfigError, match=f"holds a run that differs in {change.split('=')[0]}"):
+            check_folder(load_config(str(run), [*changes, "tracking.wandb=disabled", change]))
     after, steps = read_tensors(checkpoint), read_tensors(checkpoint, "optimizer.")
     assert after.keys() == in_memory(tensors).keys() and steps
     still = [name for name, tensor in in_memory(tensors).items() if torch.equal(after[name], tensor)]

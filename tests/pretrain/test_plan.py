@@ -17,7 +17,7 @@ from polylepis.parallel.pipeline.cost import Roofline
 from polylepis.parallel.pipeline.devices import GIB, find_device
 from polylepis.pretrain.config import RunConfig, load_config, plan_sizes, recipe_names
 from polylepis.pretrain.errors import ConfigError
-from polylepis.pretrain.plan import measure
+from polylepis.pretrain.plan import crowd, measure
 from polylepis.pretrain.plan.estimate import Assumptions, estimate
 from polylepis.pretrain.plan.picture import page, save_timeline
 from polylepis.pretrain.plan.search import fit_recompute, overrides, search, why_not
@@ -160,6 +160,27 @@ def test_measured_layers_become_a_prediction(tmp_path: Path) -> None:
     (tmp_path / "broken.json").write_text("{}")
     with pytest.raises(ConfigError, match="not a table of measured layers"):
         measure.read_layers(tmp_path / "broken.json")
+
+
+def test_what_an_operation_adds_is_in_the_step(tmp_path: Path) -> None:
+    times = measure.measure_layers(tiny(tmp_path), repeats=1)
+    config = replace(tiny(tmp_path, "data.global_batch=16"), mesh=MeshConfig(dp_shard=1, pp=2))
+    plain = estimate(config, measure.measured_timing(times))
+    slower = estimate(config, measure.measured_timing(replace(times, operation=0.01, send=0.0)))
+    assert slower.parts["computation"] - plain.parts["computation"] == pytest.approx(8 * 2 * 0.01)
+    assert slower.seconds == pytest.approx(slower.timeline.seconds + slower.parts["optimizer"])
+    alone = replace(config, mesh=MeshConfig(dp_shard=1))
+    whole = [estimate(alone, measure.measured_timing(replace(times, operation=x))).seconds for x in (0.0, 1.0)]
+    assert whole[0] == whole[1]
+
+
+@pytest.mark.full
+def test_measured_as_a_plan_runs_on_this_machine(tmp_path: Path) -> None:
+    config = replace(tiny(tmp_path), mesh=MeshConfig(dp_shard=1, pp=2))
+    assert crowd.processes_here(config) == 2 and crowd.processes_here(tiny(tmp_path)) == 1
+    times = crowd.measure(config, repeats=1)
+    assert times.processes == 2 and len(times.seconds) == 4 + 2
+    assert times.operation > 0 and times.send is not None and times.send >= 0
 
 
 @pytest.mark.parametrize(

@@ -14,8 +14,8 @@ import torch.distributed as dist
 from polylepis.data.adopt import save_meaning
 from polylepis.data.codecs import GivenLatents
 from polylepis.data.compose import Composer
-from polylepis.data.dataset import fingerprints, write_manifest
 from polylepis.data.latents import LatentFormat
+from polylepis.data.manifest import fingerprints, write_manifest
 from polylepis.data.mock import MockSplit
 from polylepis.data.shards import Sample, ShardWriter
 from polylepis.data.stream import Stream
