@@ -76,8 +76,8 @@ class Elsewhere(Protocol):
     @property
     def param_groups(self) -> list[dict[str, Any]]: ...
 
-    def pieces(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Each parameter with what this rank keeps of its reduced gradient."""
+    def pieces(self) -> Iterator[tuple[Tensor, int, Tensor]]:
+        """What this rank keeps of each reduced gradient: parameter, where in its elements the piece begins, piece."""
         ...
 
     def tensors(self) -> dict[str, Tensor]:

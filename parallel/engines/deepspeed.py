@@ -259,7 +259,7 @@ class DeepSpeedEngine:
     @torch.no_grad()
     def gradient_norm(self) -> float:
         total = torch.zeros((), device=self.mesh.device)
-        for parameter, piece in self.optimizer.pieces():
+        for parameter, _, piece in self.optimizer.pieces():
             copies = 1 if getattr(parameter, "tensor_model_parallel", False) else self.mesh.tp_size
             total += piece.float().square().sum().to(total.device) / copies
         dist.all_reduce(total)

@@ -31,14 +31,20 @@ class ZeroState:
         """Of the AdamW underneath; `lr` may be set."""
         return self._optimizer.param_groups
 
-    def pieces(self) -> Iterator[tuple[Any, Tensor]]:
-        """What this rank keeps of every reduced gradient; the pieces of the data-parallel ranks do not overlap."""
+    def pieces(self) -> Iterator[tuple[Any, int, Tensor]]:
+        """What this rank keeps of every reduced gradient; the pieces of the data-parallel ranks do not overlap.
+
+        Yields:
+            A parameter, where in its flattened tensor-parallel shard the piece begins, and the piece; under stage 3
+            the last may be padded with zeros.
+        """
         from deepspeed.utils import safe_get_local_grad
 
         parameter: Any
         for _, parameter, _ in named_parts(self._model):
             if self._stage == 3:
-                yield parameter, safe_get_local_grad(parameter)
+                first = self._mesh.device_mesh.get_local_rank("fsdp") * parameter.partition_numel()
+                yield parameter, first, safe_get_local_grad(parameter)
                 continue
             mapping = parameter._hp_mapping
             if mapping is not None:
@@ -46,14 +52,14 @@ class ZeroState:
                 where = mapping.lp_fragment_address
                 if piece.numel() != where.numel:
                     piece = piece.view(-1).narrow(0, where.start, where.numel)
-                yield parameter, piece
+                yield parameter, where.start, piece
 
     @torch.no_grad()
     def scale(self, factor: float) -> None:
         """Multiply every reduced gradient."""
         from deepspeed.utils import safe_set_local_grad
 
-        for parameter, piece in self.pieces():
+        for parameter, _, piece in self.pieces():
             if self._stage == 3:  # what was read may be a copy in fp32
                 safe_set_local_grad(parameter, piece * factor)
             else:

@@ -50,7 +50,7 @@ class Finding:
 def local_gradients(engine: Engine) -> Iterator[tuple[str, Part, Tensor]]:
     """What this rank holds of every gradient; a flat stretch of it where ZeRO has cut the parameter anywhere."""
     optimizer = engine.optimizer
-    kept = {} if isinstance(optimizer, torch.optim.Optimizer) else {id(p): piece for p, piece in optimizer.pieces()}
+    kept = {} if isinstance(optimizer, torch.optim.Optimizer) else {id(p): piece for p, _, piece in optimizer.pieces()}
     for model in engine.models:
         for name, parameter, part in named_parts(model):
             grad = kept.get(id(parameter), parameter.grad)

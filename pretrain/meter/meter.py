@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from ...data.stream import Step
-from ...parallel.engines.base import Engine
+from ...parallel.engines.base import Elsewhere, Engine
 from ...parallel.kinds.base import Load
 from ...parallel.model import ModelConfig
 from ...parallel.parts import named_parts
@@ -172,6 +172,8 @@ class ModalityNorms:
     def squares(self, like: Tensor) -> Tensor:
         """[modalities], weighted so that the sum over all ranks counts every element once."""
         total = torch.zeros(len(self.modalities), device=like.device)
+        if not isinstance(self.engine.optimizer, torch.optim.Optimizer):
+            return self._add_pieces(total, self.engine.optimizer)
         for parameter in self._banks:
             if isinstance(parameter.grad, DTensor):
                 local = parameter.grad.to_local().float()
@@ -179,6 +181,20 @@ class ModalityNorms:
         for index, parameter in self._vectors:
             if isinstance(parameter.grad, DTensor):
                 total[index] += parameter.grad.to_local().float().square().sum() * self._weight(parameter.grad)
+        return total
+
+    def _add_pieces(self, total: Tensor, optimizer: Elsewhere) -> Tensor:
+        """The same from ZeRO's pieces, which begin and end anywhere in a parameter."""
+        banks, vectors = {id(p) for p in self._banks}, {id(p): index for index, p in self._vectors}
+        for parameter, first, piece in optimizer.pieces():
+            copies = 1 if getattr(parameter, "tensor_model_parallel", False) else self.engine.mesh.tp_size
+            square = piece.view(-1).float().square().to(total.device) / copies
+            if id(parameter) in vectors:
+                total[vectors[id(parameter)]] += square.sum()
+            elif id(parameter) in banks:
+                each = getattr(parameter, "ds_numel", parameter.numel()) // len(self.modalities)
+                for index in range(len(self.modalities)):
+                    total[index] += square[max(0, index * each - first) : max(0, (index + 1) * each - first)].sum()
         return total
 
     def _weight(self, grad: DTensor) -> float:

@@ -109,6 +109,8 @@ def train_with(config: RunConfig, fault: Fault | None = None) -> str:
             def told() -> Any:
                 step = read()
                 where["position"] = step.index
+                if (fault.kind, fault.rank, step.index) == ("corrupted batch", dist.get_rank(), fault.positions[0]):
+                    step.micro_batches[-1]["loss_weight"].view(-1)[1:3] = float("inf")
                 return step
 
             stream.next = told  # type: ignore[method-assign]

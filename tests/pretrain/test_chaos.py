@@ -124,6 +124,24 @@ def test_a_nan_on_one_rank_is_left_out_and_a_restart_leaves_the_same_out(tmp_pat
 
 
 @chaos
+def test_a_corrupted_batch_is_left_out_and_a_kill_does_not_bring_it_back(tmp_path: Path) -> None:
+    """Of two data-parallel ranks one reads weights that are no numbers: equal to a run that never had this batch."""
+    mesh = MeshConfig(dp_shard=2)
+    a, b = (replace(run_of(tmp_path / name), mesh=mesh) for name in "ab")
+    assert run_ranks(2, train_with, a, Fault("corrupted batch", 1, (4,))) == ["", ""]
+    (event,) = [event for event in read_events(a.path) if event["guard"] == "nan"]
+    assert event["step"] == 5 and "began on rank 1 in layers.3; " in event["message"]
+    assert "it came back when the step was repeated; step left out" in event["message"]
+    (b.path / "health").mkdir(parents=True)
+    (b.path / "health" / "skipped.json").write_text((a.path / "health" / "skipped.json").read_text())
+    with pytest.raises(AssertionError, match=r"died without an answer|failed"):
+        run_ranks(2, train_with, b, Fault("kill", 1, (6,)))
+    assert run_ranks(2, train_with, b) == ["", ""]
+    assert_same(b.path, a.path)
+    assert [line["step"] for line in read_metrics(a.path)] == [1, 2, 3, 4, 6, 7, 8]
+
+
+@chaos
 def test_a_killed_stage_of_a_pipeline_costs_nothing_but_time(tmp_path: Path) -> None:
     faultless, run = (run_of(tmp_path / name, pp=2) for name in ("faultless", "run"))
     assert run_ranks(2, train_with, faultless) == ["", ""]

@@ -50,7 +50,7 @@ def on(engine: str, folder: Path, steps: int, health: HealthConfig = QUIET) -> R
     pattern, mesh, changes = ENGINES[engine]
     config = shrink(load_config("quickstart"), steps, mesh)
     model = replace(config.model, pattern=pattern, d_model=32, vocab_size=256)
-    model = replace(model, mamba=replace(model.mamba, routed=()) if engine.startswith("zero") else model.mamba)
+    model = replace(model, mamba=replace(model.mamba, routed=()) if engine == "zero bubble" else model.mamba)
     data = replace(config.data, seq_len=32, global_batch=4)
     optim = replace(config.optim, warmup=0)
     return replace(config, folder=str(folder), model=model, data=data, optim=optim, health=health, **changes)

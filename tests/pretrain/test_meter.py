@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 from faults import small, train_with
 from polylepis.data.stream import Stream
+from polylepis.parallel.engines.deepspeed import DeepSpeedConfig
 from polylepis.parallel.mesh import MeshConfig, build_mesh
 from polylepis.parallel.model import flops_per_token
 from polylepis.pretrain import train as train_module
@@ -53,6 +54,24 @@ def norms_of_a_step(config: RunConfig, folder: Path) -> tuple[dict[str, float], 
     }
     assert sum(v**2 for v in totals.norms.values()) < float(whole) ** 2
     return totals.norms, expected, totals.loss, float(sums.sum())
+
+
+@pytest.mark.parametrize(
+    ("stage", "axes"),
+    [(2, {"dp_shard": 2}), *(pytest.param(n, {"dp_shard": 2, "tp": 2}, marks=pytest.mark.full) for n in (1, 2, 3))],
+)
+def test_gradient_norms_per_modality_under_zero(stage: int, axes: dict[str, int], tmp_path: Path) -> None:
+    """ZeRO's pieces begin and end anywhere; their squares are those of FSDP's shards."""
+    pytest.importorskip("deepspeed")
+    mesh = MeshConfig(**axes)
+    fsdp = replace(small(tmp_path / "fsdp", 1), mesh=mesh)
+    zero = replace(fsdp, folder=str(tmp_path / "zero"), engine="deepspeed", deepspeed=DeepSpeedConfig(stage=stage))  # type: ignore[arg-type]
+    for config in (fsdp, zero):
+        assert run_ranks(mesh.n_processes, train_with, config) == [""] * mesh.n_processes
+    (expected,), (found,) = read_metrics(fsdp.path), read_metrics(zero.path)
+    norms = {key: value for key, value in expected.items() if key.startswith("grad_norm")}
+    assert len(norms) == 4 and min(norms.values()) > 0
+    assert {key: found[key] for key in norms} == pytest.approx(norms, rel=1e-4)
 
 
 @pytest.mark.parametrize("axes", [{"tp": 2}, {"dp_shard": 2}, {"dp_replicate": 2}], ids=str)
