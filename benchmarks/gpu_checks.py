@@ -37,7 +37,13 @@ def check_all(device: torch.device, skip: int, until: float, keep: Callable[[lis
 
 
 def _row(name: str, dtype: torch.dtype, worst: float, tensor: str, allowed: float, equal: bool) -> dict[str, Any]:
-    row = {"check": name, "dtype": str(dtype)[6:], "worst": f"{worst:.1e}", "tensor": tensor, "allowed": allowed}
+    row = {
+        "check": name,
+        "dtype": str(dtype)[6:],
+        "worst": f"{worst:.1e}",
+        "tensor": tensor,
+        "allowed": f"{allowed:.0e}",
+    }
     return row | {"bitwise_equal": equal, "passed": equal and worst <= allowed}
 
 
@@ -59,7 +65,7 @@ def compare(
     first, second = (_results(function, "triton", low, grads) for _ in range(2))
     errors = _errors(first, want)
     if max(errors.values()) > allowed:
-        # a sum that cancels shows the dtype's rounding: then four times torch's error in the same dtype, tenfold at most
+        # a sum that cancels shows the dtype's rounding: four times torch's in the same dtype, tenfold at most
         plain = _errors(_results(function, "exact", low, grads), want)
         limits = {key: max(allowed, min(4 * plain[key], 10 * allowed)) for key in errors}
     else:
