@@ -117,6 +117,7 @@ def test_two_restarts_without_progress_are_enough(slurm: Slurm) -> None:
     assert "two restarts in a row made no checkpoint beyond none: giving up" in text
 
 
+@pytest.mark.full
 def test_progress_starts_the_count_again(slurm: Slurm) -> None:
     """Two crashes, a saved step, and there are two restarts again."""
     (job,) = submit("crash", 10_000)
