@@ -73,9 +73,10 @@ def _beside(config: RunConfig, repeats: int, barrier: Barrier) -> None:
         measure_layers(config, repeats, partial(barrier.wait, PATIENCE))
     except threading.BrokenBarrierError:
         return  # the process that is asked has ended; it says why
-    except BaseException:
+    except Exception as error:
         barrier.abort()
-        raise
+        if getattr(error, "exit_code", None) != 2:  # a user's mistake is the asked process's to tell, once
+            raise
 
 
 class _Pass(nn.Module):

@@ -175,6 +175,14 @@ def test_what_an_operation_adds_is_in_the_step(tmp_path: Path) -> None:
 
 
 @pytest.mark.full
+def test_a_mistake_is_told_once_however_many_measure(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    values = [f"folder={tmp_path}", f"data.path={tmp_path / 'none'}", "mesh.dp_shard=1", "mesh.tp=1", "mesh.pp=2"]
+    assert main(["bench", "layers", "quickstart", *values]) == 2
+    told = capfd.readouterr().err
+    assert "Traceback" not in told and told.count("polylepis:") == 1
+
+
+@pytest.mark.full
 def test_measured_as_a_plan_runs_on_this_machine(tmp_path: Path) -> None:
     config = replace(tiny(tmp_path), mesh=MeshConfig(dp_shard=1, pp=2))
     assert crowd.processes_here(config) == 2 and crowd.processes_here(tiny(tmp_path)) == 1
