@@ -11,12 +11,14 @@ import torch.distributed as dist
 from torch import Tensor
 
 from equivalence import batches, start_experts, whole_gradients
+from polylepis.parallel.engines.fsdp import FSDPEngine, build_model
 from polylepis.parallel.engines.pipeline import PipelineEngine, build_stages
 from polylepis.parallel.mesh import ContextConfig, MeshConfig, build_mesh
 from polylepis.parallel.model import ModelConfig
 from polylepis.parallel.pipeline.config import PipelineConfig, cut_stages
 from polylepis.parallel.recompute import RecomputeConfig
-from polylepis.pretrain.objectives.next_token import NextToken, ObjectiveOutput, PreparedTokens
+from polylepis.pretrain.objectives.next_token import NextToken, ObjectiveOutput, PreparedTokens, next_token
+from polylepis.pretrain.optim import OptimConfig, build_optimizer
 from toys import flop_costs
 
 
@@ -92,3 +94,27 @@ def merged(
         for name, grad in stage_grads.items():
             assert torch.equal(grads.setdefault(name, grad), grad), name
     return loss, norm, grads
+
+
+def placed_engine(
+    config: ModelConfig, mesh_config: MeshConfig, context: ContextConfig | None = None, bias: tuple[float, ...] = ()
+) -> FSDPEngine:
+    """fp64 model, optimizer and objective on any mesh; a layer per stage under pp, and 1F1B.
+
+    Args:
+        bias: of every router's selection, see `start_experts`.
+    """
+    mesh = build_mesh(mesh_config, "cpu", context)
+    options: dict[str, Any] = {"seed": 3, "dtype": torch.float64}
+    engine: FSDPEngine
+    if mesh.pp_size > 1:
+        pipeline = PipelineConfig("1f1b")
+        stages = cut_stages(config, pipeline, mesh.pp_size, [1.0] * len(config.symbols))
+        models = build_stages(config, mesh, pipeline, stages, **options)
+        engine = PipelineEngine(models, build_optimizer(OptimConfig(lr=0.01), *models), next_token, pipeline)
+    else:
+        model = build_model(config, mesh, **options)
+        engine = FSDPEngine(model, build_optimizer(OptimConfig(lr=0.01), model), next_token)
+    for model in engine.models:
+        start_experts(model, bias)
+    return engine

@@ -10,19 +10,17 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from equivalence import batches, start_experts
+from equivalence import batches
+from pipelines import placed_engine
 from polylepis.checkpoints.tensors import state_tensors
-from polylepis.parallel.engines.fsdp import FSDPEngine, build_model
-from polylepis.parallel.engines.pipeline import PipelineEngine, build_stages
+from polylepis.parallel.engines.fsdp import build_model
 from polylepis.parallel.errors import PlanError
 from polylepis.parallel.kinds.moe import MoEConfig
 from polylepis.parallel.mesh import ContextConfig, MeshConfig, build_mesh
 from polylepis.parallel.model import ModelConfig
 from polylepis.parallel.parts import named_parts, whole_entries
-from polylepis.parallel.pipeline.config import PipelineConfig, cut_stages
 from polylepis.parallel.replace_experts import replace_experts
 from polylepis.pretrain.experts import finish_experts
-from polylepis.pretrain.objectives.next_token import next_token
 from polylepis.pretrain.optim import OptimConfig, build_optimizer
 from ranks import run_ranks
 from toys import ALL_ROUTED, toy
@@ -39,19 +37,8 @@ def trained(
     config: ModelConfig, mesh_config: MeshConfig, context: ContextConfig | None, moves: tuple[dict[int, Any], ...]
 ) -> Result:
     """Norms of three fp64 steps, the experts moved between them; parameters, moments and what lies on this rank."""
-    mesh = build_mesh(mesh_config, "cpu", context)
-    options: dict[str, Any] = {"seed": 3, "dtype": torch.float64}
-    engine: FSDPEngine
-    if mesh.pp_size > 1:
-        pipeline = PipelineConfig("1f1b")
-        stages = cut_stages(config, pipeline, mesh.pp_size, [1.0, 1.0, 1.0, 1.0])
-        models = build_stages(config, mesh, pipeline, stages, **options)
-        engine = PipelineEngine(models, build_optimizer(OptimConfig(lr=0.01), *models), next_token, pipeline)
-    else:
-        model = build_model(config, mesh, **options)
-        engine = FSDPEngine(model, build_optimizer(OptimConfig(lr=0.01), model), next_token)
-    for model in engine.models:
-        start_experts(model)
+    engine = placed_engine(config, mesh_config, context)
+    mesh = engine.mesh
     total = sum(float(b["loss_weight"].double().sum()) for b in batches())
     norms = []
     for step in range(3):

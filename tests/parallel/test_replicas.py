@@ -13,20 +13,18 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from equivalence import assert_equal_gradients, batches, start_experts, whole_gradients
-from polylepis.parallel.engines.fsdp import FSDPEngine, build_model
-from polylepis.parallel.engines.pipeline import PipelineEngine, build_stages
+from equivalence import assert_equal_gradients, batches, whole_gradients
+from pipelines import placed_engine
+from polylepis.parallel.engines.fsdp import build_model
 from polylepis.parallel.errors import PlanError
 from polylepis.parallel.kinds import moe as moe_module
 from polylepis.parallel.kinds.moe import MoE, MoEConfig
 from polylepis.parallel.mesh import ContextConfig, MeshConfig, build_mesh
 from polylepis.parallel.parts import named_parts, whole_entries
-from polylepis.parallel.pipeline.config import PipelineConfig, cut_stages
 from polylepis.parallel.placement import busiest, first_slots, place_experts, primaries
 from polylepis.parallel.replace_experts import replace_experts
 from polylepis.parallel.routing import Dispatch, Slots
 from polylepis.pretrain.experts import expert_layers, finish_experts, place_by_load
-from polylepis.pretrain.objectives.next_token import next_token
 from polylepis.pretrain.optim import OptimConfig, build_optimizer
 from ranks import run_ranks
 from toys import ALL_ROUTED, toy
@@ -37,27 +35,10 @@ SKEWED = (1.5, 0.4, 0.0, 0.0, -0.3, 0.0, 0.2, -0.5)
 Result = tuple[Any, list[float], dict[str, Tensor]]
 
 
-def build(mesh_config: MeshConfig, context: ContextConfig | None = None) -> FSDPEngine:
-    mesh = build_mesh(mesh_config, "cpu", context)
-    options: dict[str, Any] = {"seed": 3, "dtype": torch.float64}
-    engine: FSDPEngine
-    if mesh.pp_size > 1:
-        pipeline = PipelineConfig("1f1b")
-        stages = cut_stages(CONFIG, pipeline, mesh.pp_size, [1.0, 1.0, 1.0, 1.0])
-        models = build_stages(CONFIG, mesh, pipeline, stages, **options)
-        engine = PipelineEngine(models, build_optimizer(OptimConfig(lr=0.01), *models), next_token, pipeline)
-    else:
-        model = build_model(CONFIG, mesh, **options)
-        engine = FSDPEngine(model, build_optimizer(OptimConfig(lr=0.01), model), next_token)
-    for model in engine.models:
-        start_experts(model, SKEWED)
-    return engine
-
-
 def trained(mesh_config: MeshConfig, context: ContextConfig | None = None) -> Result:
     """Gradients of the first of four fp64 steps, the norms of all, and parameters and moments at the end; the experts
     are placed after each step where they have spare slots. Replicas are compared with their experts bit by bit."""
-    engine = build(mesh_config, context)
+    engine = placed_engine(CONFIG, mesh_config, context, SKEWED)
     mesh, data = engine.mesh, batches()
     total = sum(float(b["loss_weight"].double().sum()) for b in data)
     gradients: dict[str, Tensor] = {}
@@ -122,7 +103,7 @@ def test_training_with_replicas_is_training_without(name: str, alone: Result) ->
 
 def rows_of_ranks(spare: int) -> list[float]:
     """Rows that arrived at the busiest ep rank over the mean, layer by layer, after a placement by what came before."""
-    engine = build(MeshConfig(dp_shard=4, ep=4, ep_spare=spare))
+    engine = placed_engine(CONFIG, MeshConfig(dp_shard=4, ep=4, ep_spare=spare), bias=SKEWED)
     mesh, data, arrived, original = engine.mesh, batches(), [], moe_module.dispatch
 
     def counted(*args: Any) -> Dispatch:
