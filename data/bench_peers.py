@@ -94,13 +94,13 @@ def _energon(folder: Path, members: Callable[[], Samples], work: Path) -> Callab
         chosen = energon.get_train_dataset(
             str(folder),
             worker_config=workers,
-            batch_size=None,
+            batch_size=100,  # its loader collects garbage every ten batches, which would be every ten samples
             shuffle_buffer_size=1000,
             max_samples_per_sequence=100,
             repeat=False,
             task_encoder=AsItIs(),
         )
-        return (sample.members for sample in energon.get_loader(chosen))
+        return (sample.members for batch in energon.get_loader(chosen) for sample in batch)
 
     return read
 
