@@ -13,7 +13,9 @@ from torch import Tensor
 from .columns import split_columns
 from .conv import causal_conv1d, causal_conv1d_step
 from .norm import gated_rms_norm, rms_norm
+from .operators import check_tensors
 from .ssd import ssd, ssd_mixer, ssd_step
+from .ssd.inputs import expect_shape
 
 FULL_RANGE = (0.0, float("inf"))
 
@@ -54,7 +56,12 @@ def mamba_chunk_scan_combined(
         return_varlen_states=(return_varlen_states or None, "run the sequences as rows of a batch"),
         state_dtype=(state_dtype, "states are kept in float32"),
     )
+    if x.dim() == 4:
+        expect_shape("D", D, tuple(x.shape[2:3]), tuple(x.shape[2:]))
+        expect_shape("z", z, tuple(x.shape))
     wide = D is not None and D.dim() == 2
+    if wide:
+        check_tensors(x, {"D": D, "z": z})
     y, final = _both(
         ssd(
             *(x, dt, A, B, C, chunk_size),
@@ -69,8 +76,6 @@ def mamba_chunk_scan_combined(
         )
     )
     if wide and D is not None:
-        if tuple(D.shape) != tuple(x.shape[2:]):
-            raise ValueError(f"D has shape {tuple(D.shape)}, expected {tuple(x.shape[2:3])} or {tuple(x.shape[2:])}")
         skip = x * D if seq_idx is None else x * D * (seq_idx >= 0)[..., None, None]
         y = (y + skip).to(x.dtype)
         y = y if z is None else (y * F.silu(z)).to(x.dtype)
@@ -114,6 +119,10 @@ def mamba_split_conv1d_scan_combined(
         ValueError: state_dtype or channels beside the SSM's in zxbcdt (not supported); shapes that do not fit.
     """
     _refuse(state_dtype=(state_dtype, "states are kept in float32"))
+    if outproj_bias is not None and outproj_weight is None:
+        raise ValueError("outproj_bias was given without outproj_weight, expected both or neither")
+    if D.dim() not in (1, 2):
+        raise ValueError(f"D has shape {tuple(D.shape)}, expected (heads,) with headdim, or (heads, head_dim)")
     if D.dim() == 1 and headdim is None:
         raise ValueError("headdim is None, expected the head size beside a D of one dimension")
     heads, p = D.shape[0], D.shape[1] if D.dim() == 2 else int(headdim or 0)
@@ -196,6 +205,12 @@ def selective_state_update(
     _refuse(state_batch_indices=(state_batch_indices, "index the state before the call"))
     if state.dim() != 4:
         raise ValueError(f"state has shape {tuple(state.shape)}, expected (b, h, p, n): Mamba-1 is not supported")
+    b, h, p, n = state.shape
+    expect_shape("x", x, (b, h, p))
+    for name, tensor, shape in (("A", A, (h, p, n)), ("dt", dt, (b, h, p)), ("D", D, (h, p)), ("z", z, (b, h, p))):
+        expect_shape(name, tensor, shape)
+    expect_shape("dt_bias", dt_bias, (h, p))
+    check_tensors(x, {"D": D, "z": z})
     A_h, dt_bh = _per_head("A", A, 2), _per_head("dt", dt, 1)
     bias = None if dt_bias is None else _per_head("dt_bias", dt_bias, 1)
     y, new_state = ssd_step(state, x, dt_bh, A_h, B, C, dt_bias=bias, dt_softplus=dt_softplus)
@@ -219,7 +234,7 @@ def causal_conv1d_fn(
 
     Args:
         x: (b, c, l), best with contiguous channels (a transposed (b, l, c)). weight: (c, width). bias: (c,).
-        seq_idx: (b, l). initial_states: (b, c, width − 1). final_states_out: receives the final states.
+        seq_idx: (b, l). initial_states: (b, c, width − 1). final_states_out: like them, receives the final states if they are asked for.
         activation: None, "silu" or "swish".
 
     Returns:
@@ -228,6 +243,9 @@ def causal_conv1d_fn(
     Raises:
         ValueError: an activation or shapes that do not fit.
     """
+    if x.dim() != 3:
+        raise ValueError(f"x has shape {tuple(x.shape)}, expected (b, c, l)")
+    expect_shape("final_states_out", final_states_out, (*x.shape[:2], weight.shape[-1] - 1))
     out, final = _both(
         causal_conv1d(
             *(x.transpose(1, 2), weight, bias),
@@ -238,9 +256,9 @@ def causal_conv1d_fn(
         )
     )
     out = out.transpose(1, 2)
-    if final_states_out is not None:
-        final = final_states_out.copy_(final)
-    return (out, final) if return_final_states else out
+    if not return_final_states:
+        return out
+    return out, final if final_states_out is None else final_states_out.copy_(final)
 
 
 def causal_conv1d_update(

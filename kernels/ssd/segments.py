@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..operators import use_triton
+from ..operators import check_tensors, use_triton
 from .api import ssd_core
 from .inputs import accumulation_dtype, check_scan_shapes, expect_shape, resolve_seq_idx, segment_numbers
 from .operators import refusal, segment_code, ssd_backward, triton_chunks
@@ -110,6 +110,7 @@ def enter(kept: Kept, entry: Tensor) -> Tensor:
     x, B = kept.x, kept.B
     b, _, h, p = x.shape
     expect_shape("entry", entry, (b, h, p, B.shape[3]))
+    check_tensors(x, {"entry": entry})
     if not kept.tensors:
         return kept.y + _reached(kept, entry).to(kept.y.dtype)
     tensors: dict[str, Tensor | None] = {"x": x, "entry": entry, "B": B}

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from functorch.compile import make_boxed_func
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -221,3 +222,28 @@ def test_bfloat16() -> None:
     got = results(mixer, low, 2, backend="triton")
     assert got[0].dtype == torch.bfloat16 and got[1].dtype == F32 and all(g.dtype == torch.bfloat16 for g in got[3:])
     assert_close(got, results(oracle, rounded, 2), 2e-2)  # worst 0.9 %, the gradient of C
+
+
+def test_compiled_gradients_stay_in_one_buffer() -> None:
+    """The backward graph hands the operator's buffer on: nothing is put together again, and the gradient is eager's."""
+    from torch._dynamo.backends.common import aot_autograd
+
+    from polylepis.kernels.columns import split_columns
+
+    t = draw(1, 18, 2, 4, 1, 3)
+    rest = {k: v for k, v in t.items() if k not in ("z", "x", "B", "C", "dt")}
+    packed = torch.randn(1, 18, 24, generator=torch.Generator().manual_seed(1)).requires_grad_()
+    seen: list[str] = []
+
+    def layer(packed: Tensor) -> Tensor:
+        z, x, B, C, dt = split_columns(packed * 2.0, (8, 8, 3, 3, 2))
+        return mixer({**rest, "z": z, "x": x, "B": B, "C": C, "dt": dt}, 1, backend="triton")[0]
+
+    def note(graph: Any, _: Any) -> Any:
+        seen.append(" ".join(str(node.target) for node in graph.graph.nodes))
+        return make_boxed_func(graph.forward)
+
+    compiled = torch.compile(layer, fullgraph=True, backend=aot_autograd(fw_compiler=note, bw_compiler=note))
+    grads = [torch.autograd.grad(f(packed).square().sum(), packed)[0] for f in (compiled, layer)]
+    assert_close(grads[:1], grads[1:], TOLERANCE)
+    assert "mixer_backward" in seen[-1] and "aten.cat" not in seen[-1]
