@@ -181,20 +181,6 @@ def test_extreme_decays_stay_finite() -> None:
     assert all(torch.isfinite(v).all() for v in results(mixer, t, 1, backend="triton"))
 
 
-@pytest.mark.parametrize(
-    "save, left_out",
-    [(True, ("z", "norm_weight", "conv_bias", "D")), pytest.param(False, (), marks=pytest.mark.full)],
-)
-def test_opcheck(save: bool, left_out: tuple[str, ...]) -> None:
-    t = draw(1, 18, 2, 3, 1, 2)
-    code = torch.zeros(1, 18, dtype=torch.int32)
-    code[:, 7:] = 2
-    order = "x B C dt z conv_weight conv_bias conv_state code A dt_bias D initial_states code norm_weight".split()
-    numbers = (1, 3, 1e-5, True, True, 0.0, float("inf"), 16, 16)
-    args = [code if name == "code" else None if name in left_out else t[name] for name in order]
-    torch.library.opcheck(torch.ops.polylepis.mixer_forward.default, (*args, *numbers, save))
-
-
 def test_compiles_into_one_graph() -> None:
     t = draw(1, 18, 2, 3, 1, 2)
     compiled = torch.compile(mixer, fullgraph=True, backend="aot_eager")
