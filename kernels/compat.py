@@ -125,6 +125,13 @@ def mamba_split_conv1d_scan_combined(
         raise ValueError(f"D has shape {tuple(D.shape)}, expected (heads,) with headdim, or (heads, head_dim)")
     if D.dim() == 1 and headdim is None:
         raise ValueError("headdim is None, expected the head size beside a D of one dimension")
+    given = {"zxbcdt": zxbcdt, "conv1d_weight": conv1d_weight, "conv1d_bias": conv1d_bias, "dt_bias": dt_bias, "A": A}
+    given |= {"D": D, "initial_states": initial_states, "rmsnorm_weight": rmsnorm_weight}
+    check_tensors(zxbcdt, given | {"outproj_weight": outproj_weight, "outproj_bias": outproj_bias}, "zxbcdt")
+    if zxbcdt.dim() != 3:
+        raise ValueError(f"zxbcdt has shape {tuple(zxbcdt.shape)}, expected (b, l, channels)")
+    if conv1d_weight.dim() != 2:
+        raise ValueError(f"conv1d_weight has shape {tuple(conv1d_weight.shape)}, expected (channels, width)")
     heads, p = D.shape[0], D.shape[1] if D.dim() == 2 else int(headdim or 0)
     inner, channels = heads * p, conv1d_weight.shape[0]
     if zxbcdt.shape[-1] != (expected := inner + channels + heads):
@@ -132,6 +139,12 @@ def mamba_split_conv1d_scan_combined(
             f"zxbcdt has {zxbcdt.shape[-1]} channels, expected {expected} (z {inner}, xBC {channels}, dt {heads}); "
             "channels beside the SSM's (d_nonssm) are not supported"
         )
+    expect_shape("dt_bias", dt_bias, (heads,))
+    expect_shape("A", A, (heads,))
+    expect_shape("rmsnorm_weight", rmsnorm_weight, (inner,))
+    if outproj_weight is not None:
+        expect_shape("outproj_weight", outproj_weight, (outproj_weight.shape[0], inner))
+        expect_shape("outproj_bias", outproj_bias, (outproj_weight.shape[0],))
     state = (channels - inner) // 2
     z, x, B, C, dt = split_columns(zxbcdt, (inner, inner, state, state, heads))
     gated = rmsnorm_weight is not None and not norm_before_gate
@@ -234,7 +247,8 @@ def causal_conv1d_fn(
 
     Args:
         x: (b, c, l), best with contiguous channels (a transposed (b, l, c)). weight: (c, width). bias: (c,).
-        seq_idx: (b, l). initial_states: (b, c, width − 1). final_states_out: like them, receives the final states if they are asked for.
+        seq_idx: (b, l). initial_states: (b, c, width − 1).
+        final_states_out: like them, receives the final states if they are asked for.
         activation: None, "silu" or "swish".
 
     Returns:

@@ -80,6 +80,8 @@ def summarise(
     seq_idx = resolve_seq_idx(seq_idx, None, x)
     if chunk_size < 1:
         raise ValueError(f"chunk_size is {chunk_size}, expected at least 1")
+    tensors: dict[str, Tensor | None] = {"x": x, "log_decay": log_decay, "scale": scale, "B": B, "C": C, "D": D}
+    triton = use_triton(backend, tensors, refusal(tensors))
     total = log_decay.to(torch.promote_types(log_decay.dtype, torch.float32))
     if seq_idx is not None:
         segments, valid = segment_numbers(seq_idx)
@@ -87,8 +89,7 @@ def summarise(
         total = total.masked_fill((segments[:, -1] != 0)[:, None], -torch.inf)
     else:
         total = total.sum(dim=1)
-    tensors: dict[str, Tensor | None] = {"x": x, "log_decay": log_decay, "scale": scale, "B": B, "C": C, "D": D}
-    if not use_triton(backend, tensors, refusal(tensors)):
+    if not triton:
         options: dict[str, Any] = {"seq_idx": seq_idx, "chunk_size": chunk_size, "backend": "torch"}
         y, state = ssd_core(x, log_decay, scale, B, C, D=D, return_final_states=True, **options)
         return Segment(state, total), Kept(x, log_decay, scale, B, C, D, seq_idx, chunk_size, y, None, ())
