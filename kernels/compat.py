@@ -15,7 +15,7 @@ from .conv import causal_conv1d, causal_conv1d_step
 from .norm import gated_rms_norm, rms_norm
 from .operators import check_tensors
 from .ssd import ssd, ssd_mixer, ssd_step
-from .ssd.inputs import expect_shape
+from .ssd.inputs import check_groups, expect_shape
 
 FULL_RANGE = (0.0, float("inf"))
 
@@ -119,32 +119,16 @@ def mamba_split_conv1d_scan_combined(
         ValueError: state_dtype or channels beside the SSM's in zxbcdt (not supported); shapes that do not fit.
     """
     _refuse(state_dtype=(state_dtype, "states are kept in float32"))
-    if outproj_bias is not None and outproj_weight is None:
-        raise ValueError("outproj_bias was given without outproj_weight, expected both or neither")
-    if D.dim() not in (1, 2):
-        raise ValueError(f"D has shape {tuple(D.shape)}, expected (heads,) with headdim, or (heads, head_dim)")
-    if D.dim() == 1 and headdim is None:
-        raise ValueError("headdim is None, expected the head size beside a D of one dimension")
     given = {"zxbcdt": zxbcdt, "conv1d_weight": conv1d_weight, "conv1d_bias": conv1d_bias, "dt_bias": dt_bias, "A": A}
     given |= {"D": D, "initial_states": initial_states, "rmsnorm_weight": rmsnorm_weight}
-    check_tensors(zxbcdt, given | {"outproj_weight": outproj_weight, "outproj_bias": outproj_bias}, "zxbcdt")
-    if zxbcdt.dim() != 3:
-        raise ValueError(f"zxbcdt has shape {tuple(zxbcdt.shape)}, expected (b, l, channels)")
-    if conv1d_weight.dim() != 2:
-        raise ValueError(f"conv1d_weight has shape {tuple(conv1d_weight.shape)}, expected (channels, width)")
+    given |= {"outproj_weight": outproj_weight, "outproj_bias": outproj_bias}
+    _check_layer(given)
+    if D.dim() == 1 and headdim is None:
+        raise ValueError("headdim is None, expected the head size beside a D of one dimension")
     heads, p = D.shape[0], D.shape[1] if D.dim() == 2 else int(headdim or 0)
     inner, channels = heads * p, conv1d_weight.shape[0]
-    if zxbcdt.shape[-1] != (expected := inner + channels + heads):
-        raise ValueError(
-            f"zxbcdt has {zxbcdt.shape[-1]} channels, expected {expected} (z {inner}, xBC {channels}, dt {heads}); "
-            "channels beside the SSM's (d_nonssm) are not supported"
-        )
-    expect_shape("dt_bias", dt_bias, (heads,))
-    expect_shape("A", A, (heads,))
-    expect_shape("rmsnorm_weight", rmsnorm_weight, (inner,))
-    if outproj_weight is not None:
-        expect_shape("outproj_weight", outproj_weight, (outproj_weight.shape[0], inner))
-        expect_shape("outproj_bias", outproj_bias, (outproj_weight.shape[0],))
+    _check_sizes(given, inner, channels, heads)
+    check_groups(heads, ngroups)
     state = (channels - inner) // 2
     z, x, B, C, dt = split_columns(zxbcdt, (inner, inner, state, state, heads))
     gated = rmsnorm_weight is not None and not norm_before_gate
@@ -168,10 +152,10 @@ def mamba_split_conv1d_scan_combined(
     assert isinstance(outputs, tuple)
     out, final, _ = outputs
     if wide:
-        bias = None if conv1d_bias is None else conv1d_bias[:inner]  # convolved again, as the operator returns no x
+        # convolved again, as the operator returns no x
+        bias = None if conv1d_bias is None else conv1d_bias[:inner]
         xs = causal_conv1d(x, conv1d_weight[:inner], bias, activation=_activation(activation), seq_idx=seq_idx)
-        assert isinstance(xs, Tensor)
-        out = (out + xs * D.flatten()).to(out.dtype)
+        out = (out + xs * D.flatten()).to(out.dtype)  # type: ignore[operator]
         if gated and rmsnorm_weight is not None:
             out = gated_rms_norm(out, z, rmsnorm_weight, group_size=inner // ngroups, eps=rmsnorm_eps)
     if not gated:
@@ -179,6 +163,35 @@ def mamba_split_conv1d_scan_combined(
     if outproj_weight is not None:
         out = F.linear(out.to(outproj_weight.dtype), outproj_weight, outproj_bias)
     return (out, final) if return_final_states else out
+
+
+def _check_layer(given: dict[str, Any]) -> None:
+    """What a layer's tensors must be whatever its sizes are."""
+    zxbcdt, D, weight = given["zxbcdt"], given["D"], given["outproj_weight"]
+    check_tensors(zxbcdt, given, "zxbcdt")
+    for name, expected in (("zxbcdt", "b, l, channels"), ("conv1d_weight", "channels, width")):
+        if given[name].dim() != expected.count(",") + 1:
+            raise ValueError(f"{name} has shape {tuple(given[name].shape)}, expected ({expected})")
+    if D.dim() not in (1, 2):
+        raise ValueError(f"D has shape {tuple(D.shape)}, expected (heads,) with headdim, or (heads, head_dim)")
+    for name in ("dt_bias", "A"):
+        expect_shape(name, given[name], (D.shape[0],))
+    if weight is not None:
+        expect_shape("outproj_bias", given["outproj_bias"], (weight.shape[0],))
+    elif given["outproj_bias"] is not None:
+        raise ValueError("outproj_bias was given without outproj_weight, expected both or neither")
+
+
+def _check_sizes(given: dict[str, Any], inner: int, channels: int, heads: int) -> None:
+    width, weight = given["zxbcdt"].shape[-1], given["outproj_weight"]
+    if width != (expected := inner + channels + heads):
+        raise ValueError(
+            f"zxbcdt has {width} channels, expected {expected} (z {inner}, xBC {channels}, dt {heads}); "
+            "channels beside the SSM's (d_nonssm) are not supported"
+        )
+    expect_shape("rmsnorm_weight", given["rmsnorm_weight"], (inner,))
+    if weight is not None:
+        expect_shape("outproj_weight", weight, (weight.shape[0], inner))
 
 
 def _gate(y: Tensor, z: Tensor, norm_weight: Tensor | None, group_size: int, eps: float) -> Tensor:

@@ -101,9 +101,7 @@ def conv_forward(
 
 
 @conv_forward.register_fake
-def _(
-    x: Tensor, weight: Tensor, bias: Tensor | None, initial: Tensor | None, code: Tensor | None, silu: bool
-) -> Tensor:
+def _(x: Tensor, *_: Any) -> Tensor:
     return x.new_empty(x.shape)
 
 
@@ -122,7 +120,7 @@ def conv_backward(
 
 @conv_backward.register_fake
 def _(
-    dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, initial: Tensor | None, code: Tensor | None, silu: bool
+    dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, initial: Tensor | None, *_: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return x.new_empty(x.shape), weight.new_empty(weight.shape), weight.new_empty(x.shape[2]), _like(initial, x)
 
@@ -152,7 +150,7 @@ def conv_step(x: Tensor, state: Tensor, weight: Tensor, bias: Tensor | None, sil
 
 
 @conv_step.register_fake
-def _(x: Tensor, state: Tensor, weight: Tensor, bias: Tensor | None, silu: bool) -> tuple[Tensor, Tensor]:
+def _(x: Tensor, state: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape), state.new_empty(state.shape)
 
 
@@ -189,7 +187,7 @@ def norm_backward(
 
 @norm_backward.register_fake
 def _(
-    dy: Tensor, dsummed: Tensor | None, x: Tensor, z: Tensor | None, weight: Tensor, rstd: Tensor, group_size: int
+    dy: Tensor, dsummed: Tensor | None, x: Tensor, z: Tensor | None, weight: Tensor, *_: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     return x.new_empty(x.shape), _like(z, x), weight.new_empty(weight.shape)
 

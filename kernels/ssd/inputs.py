@@ -46,7 +46,7 @@ def check_scan_shapes(x: Tensor, per_token: dict[str, Tensor], B: Tensor, C: Ten
 
 def check_groups(heads: int, groups: int) -> None:
     """Refuse a number of B/C groups that does not divide the heads."""
-    if groups == 0 or heads % groups:
+    if groups < 1 or heads % groups:
         raise ValueError(f"{groups} groups of B and C do not divide {heads} heads")
 
 

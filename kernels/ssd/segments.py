@@ -218,22 +218,7 @@ def ssd_entered(
 
 
 @ssd_entered.register_fake
-def _(
-    stand_in: Tensor,
-    x: Tensor,
-    log_decay: Tensor,
-    scale: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    entry: Tensor,
-    code: Tensor | None,
-    states: Tensor,
-    reach: Tensor,
-    cs: Tensor,
-    steps: Tensor,
-    chunk: int,
-) -> Tensor:
+def _(stand_in: Tensor, x: Tensor, *_: Any) -> Tensor:
     return x.new_empty(x.shape)
 
 
@@ -263,18 +248,7 @@ def ssd_entered_backward(
 
 @ssd_entered_backward.register_fake
 def _(
-    dy: Tensor,
-    x: Tensor,
-    log_decay: Tensor,
-    scale: Tensor,
-    B: Tensor,
-    C: Tensor,
-    entry: Tensor,
-    code: Tensor | None,
-    reach: Tensor,
-    cs: Tensor,
-    steps: Tensor,
-    chunk: int,
+    dy: Tensor, x: Tensor, log_decay: Tensor, scale: Tensor, B: Tensor, C: Tensor, entry: Tensor, *_: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     return log_decay.new_empty(log_decay.shape), C.new_empty(C.shape), entry.new_empty(entry.shape)
 
