@@ -152,8 +152,7 @@ def mamba_split_conv1d_scan_combined(
     assert isinstance(outputs, tuple)
     out, final, _ = outputs
     if wide:
-        # convolved again, as the operator returns no x
-        bias = None if conv1d_bias is None else conv1d_bias[:inner]
+        bias = None if conv1d_bias is None else conv1d_bias[:inner]  # convolved again, as the operator returns no x
         xs = causal_conv1d(x, conv1d_weight[:inner], bias, activation=_activation(activation), seq_idx=seq_idx)
         out = (out + xs * D.flatten()).to(out.dtype)  # type: ignore[operator]
         if gated and rmsnorm_weight is not None:

@@ -252,7 +252,7 @@ def _(
     initial_states: Tensor | None,
     segments: Tensor | None,
     states: Tensor,
-    *_: Any,
+    *rest: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     (b, _, h, p), n = x.shape, B.shape[3]
     initial = states.new_empty(b, h, p, n) if initial_states is None else initial_states
