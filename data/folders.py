@@ -11,6 +11,7 @@ from typing import Any
 from .dataset import Dataset
 from .errors import DataError
 from .files import fsync_folder
+from .index import SUFFIX
 from .manifest import MANIFEST, codec_file, read_manifest
 
 
@@ -69,7 +70,7 @@ def _refuse_strangers(target: Path) -> None:
     known = {MANIFEST, *manifest["files"], *(codec_file(modality) for modality in manifest.get("modalities", []))}
     for shards in manifest["splits"].values():
         for shard in shards:
-            known |= {shard["name"], shard["name"] + ".idx.npz", shard["name"] + ".idx"}
+            known |= {shard["name"], shard["name"] + SUFFIX, shard["name"] + ".idx"}
     strangers = sorted(entry.name for entry in target.iterdir() if entry.name not in known)
     if strangers:
         raise DataError(f"{target} also holds {strangers[0]!r}, which no build wrote; move it away first")

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-import io
 import json
+import zlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
+from safetensors.numpy import load, save
 
 from .errors import DataError
 from .files import write_atomic
 from .latents import LatentRows
 
-INDEX_VERSION = 1
+INDEX_VERSION = 2
+SUFFIX = ".idx.safetensors"
 BLOCK = 512  # bytes of a tar block
 
 
@@ -63,12 +66,16 @@ class ShardIndex:
         return len(self.keys)
 
     def save(self, path: Path) -> None:
-        """Writes the index as an .npz without pickle, atomically and with the same bytes for the same shard."""
-        buffer = io.BytesIO()
+        """Writes the index as a safetensors file, atomically and with the same bytes for the same shard.
+
+        Its tensors are the arrays of this class, `keys` as uint8 [n, width] and the header as JSON in uint8; the last,
+        `crc32`, is over the others.
+        """
         header = np.frombuffer(json.dumps(self.header, sort_keys=True).encode(), dtype=np.uint8)
-        arrays: dict[str, Any] = self.arrays()
-        np.savez(buffer, header=header, **arrays)
-        write_atomic(path, buffer.getvalue())
+        tensors = {"header": header, **self.arrays()}
+        tensors["keys"] = np.ascontiguousarray(self.keys).view(np.uint8).reshape(len(self), self.keys.itemsize)
+        tensors = {name: np.ascontiguousarray(array) for name, array in tensors.items()}
+        write_atomic(path, save(tensors | {"crc32": _crc32(tensors)}))
 
     def arrays(self) -> dict[str, np.ndarray]:
         """All arrays by name, as they are stored."""
@@ -78,17 +85,21 @@ class ShardIndex:
     @classmethod
     def load(cls, path: Path) -> ShardIndex:
         """Reads `save`'s file; DataError when it is missing, damaged or of another version."""
-        hint = f"; make it with: polylepis data index {str(path).removesuffix('.idx.npz')}"
-        if not path.exists():
-            raise DataError(f"index {path} is missing{hint}")
+        hint = f"; make it with: polylepis data index {str(path).removesuffix(SUFFIX)}"
         try:
-            with np.load(path, allow_pickle=False) as archive:
-                header = json.loads(archive["header"].tobytes())
-                arrays = {name: archive[name] for name in cls._ARRAYS}
-                problem = None if isinstance(header, dict) else "its header is no table"
-                stored = not problem and "latents" in header
-                latents = LatentRows(*(archive[name] for name in LatentRows.ARRAYS)) if stored else None
-        except Exception as error:  # damaged bytes make zipfile, zlib, json and NumPy raise almost anything
+            tensors = load(path.read_bytes())
+            if tensors.pop("crc32").tolist() != _crc32(tensors).tolist():
+                raise ValueError("its crc32 differs from its contents'")
+            header = json.loads(tensors["header"].tobytes())
+            keys = tensors["keys"]
+            tensors["keys"] = keys.view(f"S{keys.shape[1]}").reshape(len(keys))
+            arrays = {name: tensors[name] for name in cls._ARRAYS}
+            problem = None if isinstance(header, dict) else "its header is no table"
+            stored = not problem and "latents" in header
+            latents = LatentRows(*(tensors[name] for name in LatentRows.ARRAYS)) if stored else None
+        except FileNotFoundError:
+            raise DataError(f"index {path} is missing{hint}") from None
+        except Exception as error:  # damaged bytes make safetensors, json and NumPy raise almost anything
             raise DataError(f"index {path} is damaged ({type(error).__name__}: {error}){hint}") from error
         if problem:
             raise DataError(f"index {path} is damaged ({problem}){hint}")
@@ -100,6 +111,14 @@ class ShardIndex:
         if problem:
             raise DataError(f"index {path} is damaged ({problem}){hint}")
         return cls(header=header, latents=latents, **arrays)
+
+
+def _crc32(tensors: Mapping[str, np.ndarray]) -> np.ndarray:
+    """uint32 [1] over the bytes of all, by name."""
+    found = 0
+    for name in sorted(tensors):
+        found = zlib.crc32(tensors[name].data, found)
+    return np.array([found], dtype=np.uint32)
 
 
 def _contradiction(header: dict[str, Any], arrays: dict[str, np.ndarray]) -> str | None:
@@ -129,8 +148,8 @@ def _contradiction(header: dict[str, Any], arrays: dict[str, np.ndarray]) -> str
 
 
 def index_path(tar: Path) -> Path:
-    """`x.tar` -> `x.tar.idx.npz`."""
-    return tar.with_name(tar.name + ".idx.npz")
+    """`x.tar` -> `x.tar.idx.safetensors`."""
+    return tar.with_name(tar.name + SUFFIX)
 
 
 def energon_path(tar: Path) -> Path:

@@ -46,7 +46,7 @@ def test_validate_and_inspect(small: Path) -> None:
 @pytest.mark.parametrize("listed", [True, False])
 def test_index(damaged: Callable[..., Path], write_shard: Callable[..., Path], listed: bool) -> None:
     tar = damaged() / "heldout-00000.tar" if listed else write_shard()
-    index = tar.with_name(tar.name + ".idx.npz")
+    index = tar.with_name(tar.name + ".idx.safetensors")
     before = index.read_bytes()
     index.unlink()
     result = run("index", tar)

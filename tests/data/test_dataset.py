@@ -68,13 +68,13 @@ def test_truncated_shard(damaged: Damage) -> None:
 
 def test_shard_without_index(damaged: Damage) -> None:
     copy = damaged()
-    (copy / f"{SHARD}.idx.npz").unlink()
-    refused(copy, rf"index .*{SHARD}\.idx\.npz is missing; make it with: polylepis data index")
+    (copy / f"{SHARD}.idx.safetensors").unlink()
+    refused(copy, rf"index .*{SHARD}\.idx\.safetensors is missing; make it with: polylepis data index")
 
 
 def test_index_of_another_shard(damaged: Damage) -> None:
-    copy = damaged(f"{SHARD}.idx.npz")
-    shutil.copyfile(copy / "train-00000.tar.idx.npz", copy / f"{SHARD}.idx.npz")
+    copy = damaged(f"{SHARD}.idx.safetensors")
+    shutil.copyfile(copy / "train-00000.tar.idx.safetensors", copy / f"{SHARD}.idx.safetensors")
     refused(copy, "belongs to another tar: a foreign shard or index")
 
 
@@ -165,7 +165,7 @@ def test_a_tar_that_vanishes_while_in_use(damaged: Damage) -> None:
 
 def test_rebuilding_an_index_gives_the_same_bytes(damaged: Damage) -> None:
     copy = damaged()
-    path = copy / f"{SHARD}.idx.npz"
+    path = copy / f"{SHARD}.idx.safetensors"
     before = path.read_bytes()
     path.unlink()
     ((tar, index),) = index_shards([copy / SHARD])
