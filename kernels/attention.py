@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .operators import check_ids, check_tensors
+
 
 def packed_attention(
     q: Tensor, k: Tensor, v: Tensor, *, boundaries: Sequence[int], scale: float | None = None
@@ -93,6 +95,8 @@ def decode_attention(
         raise ValueError(f"{s} queries in {b} rows do not fit a cache of {L} keys in {k_cache.shape[0]} rows")
     if tuple(key_mask.shape) != (b, L) or key_mask.dtype != torch.bool:
         raise ValueError(f"key_mask is {key_mask.dtype} {tuple(key_mask.shape)}, expected bool ({b}, {L})")
+    if key_mask.device != q.device:
+        raise ValueError(f"key_mask is on {key_mask.device}, expected {q.device} as q")
     causal = torch.ones(s, L, dtype=torch.bool, device=q.device).tril(diagonal=L - s)
     seen = causal & key_mask[:, None, :]
     blind = ~seen.any(dim=-1, keepdim=True)  # softmax over nothing is nan: look at everything, then drop the result
@@ -116,6 +120,8 @@ def apply_rope(x: Tensor, position_ids: Tensor, base: float = 10000.0) -> Tensor
         raise ValueError(
             f"x {tuple(x.shape)} and position_ids {tuple(position_ids.shape)} do not fit (T, h, d even) and (T,)"
         )
+    check_tensors(x, {"x": x})
+    check_ids("position_ids", position_ids, (x.shape[0],), x.device)
     d = x.shape[-1]
     dtype = torch.promote_types(x.dtype, torch.float32)
     frequency = 1.0 / base ** (torch.arange(0, d, 2, device=x.device, dtype=dtype) / d)
@@ -134,6 +140,9 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | N
 def _check_heads(q: Tensor, k: Tensor, v: Tensor, dims: int) -> None:
     if q.dim() != dims or k.dim() != dims or k.shape != v.shape or q.shape[-1] != k.shape[-1]:
         raise ValueError(f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)} do not fit each other")
+    check_tensors(q, {"q": q, "k": k, "v": v}, "q")
+    if not q.dtype == k.dtype == v.dtype:
+        raise ValueError(f"q is {q.dtype}, k is {k.dtype} and v is {v.dtype}, expected one dtype")
     if dims == 3 and q.shape[0] != k.shape[0]:
         raise ValueError(f"q has {q.shape[0]} rows and k has {k.shape[0]}, expected the same number")
     if k.shape[-2] == 0 or q.shape[-2] % k.shape[-2]:

@@ -17,11 +17,16 @@ def split_columns(packed: Tensor, widths: Sequence[int]) -> tuple[Tensor, ...]:
 
     Returns:
         Views of ``packed``. :func:`polylepis.kernels.ssd.ssd_mixer` returns gradients that lie so; others are copied
-        together, as the backward of ``split`` does. Under torch.compile it is ``split``.
+        together, as the backward of ``split`` does.
     """
-    if torch.compiler.is_compiling():
-        return packed.split(list(widths), dim=-1)
-    views: tuple[Tensor, ...] = _SplitColumns.apply(packed, tuple(widths))
+    return _split(packed, tuple(widths))
+
+
+# Dynamo would trace the backward with gradients of its own invention; AOTAutograd sees those that really come, and
+# whether they are columns of one buffer
+@torch.compiler.allow_in_graph
+def _split(packed: Tensor, widths: tuple[int, ...]) -> tuple[Tensor, ...]:
+    views: tuple[Tensor, ...] = _SplitColumns.apply(packed, widths)
     return views
 
 
@@ -41,7 +46,7 @@ class _SplitColumns(Function):
             return None, None
         if len(given) == len(grads) and side_by_side(given):
             first = given[0]
-            return first.as_strided((*ctx.lead, sum(ctx.widths)), first.stride()), None
+            return first.as_strided((*ctx.lead, sum(ctx.widths)), first.stride(), first.storage_offset()), None
         pairs = zip(grads, ctx.widths, strict=True)
         full = [ctx.empty.new_zeros(*ctx.lead, width) if grad is None else grad for grad, width in pairs]
         return torch.cat(full, dim=-1), None
@@ -50,9 +55,9 @@ class _SplitColumns(Function):
 def side_by_side(parts: Sequence[Tensor]) -> bool:
     """Whether the parts are neighbouring columns of one matrix in memory, in this order."""
     first, column = parts[0], 0
-    rows, storage = first.stride()[:-1], first.untyped_storage().data_ptr()
+    rows, storage = first.stride()[:-1], first.untyped_storage()._cdata  # of traced tensors as well; they have no data
     for part in parts:
-        if part.dtype != first.dtype or part.untyped_storage().data_ptr() != storage or part.stride(-1) != 1:
+        if part.dtype != first.dtype or part.untyped_storage()._cdata != storage or part.stride(-1) != 1:
             return False
         if part.stride()[:-1] != rows or part.storage_offset() != first.storage_offset() + column:
             return False

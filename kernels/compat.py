@@ -13,7 +13,9 @@ from torch import Tensor
 from .columns import split_columns
 from .conv import causal_conv1d, causal_conv1d_step
 from .norm import gated_rms_norm, rms_norm
+from .operators import check_tensors
 from .ssd import ssd, ssd_mixer, ssd_step
+from .ssd.inputs import check_groups, expect_shape
 
 FULL_RANGE = (0.0, float("inf"))
 
@@ -54,7 +56,12 @@ def mamba_chunk_scan_combined(
         return_varlen_states=(return_varlen_states or None, "run the sequences as rows of a batch"),
         state_dtype=(state_dtype, "states are kept in float32"),
     )
+    if x.dim() == 4:
+        expect_shape("D", D, tuple(x.shape[2:3]), tuple(x.shape[2:]))
+        expect_shape("z", z, tuple(x.shape))
     wide = D is not None and D.dim() == 2
+    if wide:
+        check_tensors(x, {"D": D, "z": z})
     y, final = _both(
         ssd(
             *(x, dt, A, B, C, chunk_size),
@@ -69,8 +76,6 @@ def mamba_chunk_scan_combined(
         )
     )
     if wide and D is not None:
-        if tuple(D.shape) != tuple(x.shape[2:]):
-            raise ValueError(f"D has shape {tuple(D.shape)}, expected {tuple(x.shape[2:3])} or {tuple(x.shape[2:])}")
         skip = x * D if seq_idx is None else x * D * (seq_idx >= 0)[..., None, None]
         y = (y + skip).to(x.dtype)
         y = y if z is None else (y * F.silu(z)).to(x.dtype)
@@ -114,15 +119,16 @@ def mamba_split_conv1d_scan_combined(
         ValueError: state_dtype or channels beside the SSM's in zxbcdt (not supported); shapes that do not fit.
     """
     _refuse(state_dtype=(state_dtype, "states are kept in float32"))
+    given = {"zxbcdt": zxbcdt, "conv1d_weight": conv1d_weight, "conv1d_bias": conv1d_bias, "dt_bias": dt_bias, "A": A}
+    given |= {"D": D, "initial_states": initial_states, "rmsnorm_weight": rmsnorm_weight}
+    given |= {"outproj_weight": outproj_weight, "outproj_bias": outproj_bias}
+    _check_layer(given)
     if D.dim() == 1 and headdim is None:
         raise ValueError("headdim is None, expected the head size beside a D of one dimension")
     heads, p = D.shape[0], D.shape[1] if D.dim() == 2 else int(headdim or 0)
     inner, channels = heads * p, conv1d_weight.shape[0]
-    if zxbcdt.shape[-1] != (expected := inner + channels + heads):
-        raise ValueError(
-            f"zxbcdt has {zxbcdt.shape[-1]} channels, expected {expected} (z {inner}, xBC {channels}, dt {heads}); "
-            "channels beside the SSM's (d_nonssm) are not supported"
-        )
+    _check_sizes(given, inner, channels, heads)
+    check_groups(heads, ngroups)
     state = (channels - inner) // 2
     z, x, B, C, dt = split_columns(zxbcdt, (inner, inner, state, state, heads))
     gated = rmsnorm_weight is not None and not norm_before_gate
@@ -148,8 +154,7 @@ def mamba_split_conv1d_scan_combined(
     if wide:
         bias = None if conv1d_bias is None else conv1d_bias[:inner]  # convolved again, as the operator returns no x
         xs = causal_conv1d(x, conv1d_weight[:inner], bias, activation=_activation(activation), seq_idx=seq_idx)
-        assert isinstance(xs, Tensor)
-        out = (out + xs * D.flatten()).to(out.dtype)
+        out = (out + xs * D.flatten()).to(out.dtype)  # type: ignore[operator]
         if gated and rmsnorm_weight is not None:
             out = gated_rms_norm(out, z, rmsnorm_weight, group_size=inner // ngroups, eps=rmsnorm_eps)
     if not gated:
@@ -157,6 +162,35 @@ def mamba_split_conv1d_scan_combined(
     if outproj_weight is not None:
         out = F.linear(out.to(outproj_weight.dtype), outproj_weight, outproj_bias)
     return (out, final) if return_final_states else out
+
+
+def _check_layer(given: dict[str, Any]) -> None:
+    """What a layer's tensors must be whatever its sizes are."""
+    zxbcdt, D, weight = given["zxbcdt"], given["D"], given["outproj_weight"]
+    check_tensors(zxbcdt, given, "zxbcdt")
+    for name, expected in (("zxbcdt", "b, l, channels"), ("conv1d_weight", "channels, width")):
+        if given[name].dim() != expected.count(",") + 1:
+            raise ValueError(f"{name} has shape {tuple(given[name].shape)}, expected ({expected})")
+    if D.dim() not in (1, 2):
+        raise ValueError(f"D has shape {tuple(D.shape)}, expected (heads,) with headdim, or (heads, head_dim)")
+    for name in ("dt_bias", "A"):
+        expect_shape(name, given[name], (D.shape[0],))
+    if weight is not None:
+        expect_shape("outproj_bias", given["outproj_bias"], (weight.shape[0],))
+    elif given["outproj_bias"] is not None:
+        raise ValueError("outproj_bias was given without outproj_weight, expected both or neither")
+
+
+def _check_sizes(given: dict[str, Any], inner: int, channels: int, heads: int) -> None:
+    width, weight = given["zxbcdt"].shape[-1], given["outproj_weight"]
+    if width != (expected := inner + channels + heads):
+        raise ValueError(
+            f"zxbcdt has {width} channels, expected {expected} (z {inner}, xBC {channels}, dt {heads}); "
+            "channels beside the SSM's (d_nonssm) are not supported"
+        )
+    expect_shape("rmsnorm_weight", given["rmsnorm_weight"], (inner,))
+    if weight is not None:
+        expect_shape("outproj_weight", weight, (weight.shape[0], inner))
 
 
 def _gate(y: Tensor, z: Tensor, norm_weight: Tensor | None, group_size: int, eps: float) -> Tensor:
@@ -196,6 +230,12 @@ def selective_state_update(
     _refuse(state_batch_indices=(state_batch_indices, "index the state before the call"))
     if state.dim() != 4:
         raise ValueError(f"state has shape {tuple(state.shape)}, expected (b, h, p, n): Mamba-1 is not supported")
+    b, h, p, n = state.shape
+    expect_shape("x", x, (b, h, p))
+    for name, tensor, shape in (("A", A, (h, p, n)), ("dt", dt, (b, h, p)), ("D", D, (h, p)), ("z", z, (b, h, p))):
+        expect_shape(name, tensor, shape)
+    expect_shape("dt_bias", dt_bias, (h, p))
+    check_tensors(x, {"D": D, "z": z})
     A_h, dt_bh = _per_head("A", A, 2), _per_head("dt", dt, 1)
     bias = None if dt_bias is None else _per_head("dt_bias", dt_bias, 1)
     y, new_state = ssd_step(state, x, dt_bh, A_h, B, C, dt_bias=bias, dt_softplus=dt_softplus)
@@ -219,7 +259,8 @@ def causal_conv1d_fn(
 
     Args:
         x: (b, c, l), best with contiguous channels (a transposed (b, l, c)). weight: (c, width). bias: (c,).
-        seq_idx: (b, l). initial_states: (b, c, width − 1). final_states_out: receives the final states.
+        seq_idx: (b, l). initial_states: (b, c, width − 1).
+        final_states_out: like them, receives the final states if they are asked for.
         activation: None, "silu" or "swish".
 
     Returns:
@@ -228,6 +269,9 @@ def causal_conv1d_fn(
     Raises:
         ValueError: an activation or shapes that do not fit.
     """
+    if x.dim() != 3:
+        raise ValueError(f"x has shape {tuple(x.shape)}, expected (b, c, l)")
+    expect_shape("final_states_out", final_states_out, (*x.shape[:2], weight.shape[-1] - 1))
     out, final = _both(
         causal_conv1d(
             *(x.transpose(1, 2), weight, bias),
@@ -238,9 +282,9 @@ def causal_conv1d_fn(
         )
     )
     out = out.transpose(1, 2)
-    if final_states_out is not None:
-        final = final_states_out.copy_(final)
-    return (out, final) if return_final_states else out
+    if not return_final_states:
+        return out
+    return out, final if final_states_out is None else final_states_out.copy_(final)
 
 
 def causal_conv1d_update(

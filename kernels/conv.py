@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .operators import conv_forward, conv_step, use_triton
+from .operators import check_ids, conv_forward, conv_step, use_triton
 
 LARGEST_WIDTH = 4  # of the Triton kernels
 
@@ -46,8 +46,7 @@ def causal_conv1d(
     b, l, c = x.shape
     check_weight(weight, bias, c, activation)
     width = weight.shape[1]
-    if seq_idx is not None and (tuple(seq_idx.shape) != (b, l) or seq_idx.is_floating_point()):
-        raise ValueError(f"seq_idx is {seq_idx.dtype} {tuple(seq_idx.shape)}, expected integers ({b}, {l})")
+    check_ids("seq_idx", seq_idx, (b, l), x.device)
     if initial_state is not None and tuple(initial_state.shape) != (b, c, width - 1):
         raise ValueError(f"initial_state has shape {tuple(initial_state.shape)}, expected ({b}, {c}, {width - 1})")
     triton = use_triton(backend, _tensors(x, weight, bias, initial_state), width_limit(width))

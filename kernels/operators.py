@@ -34,18 +34,43 @@ def use_triton(backend: str, tensors: dict[str, Tensor | None], limit: str | Non
         limit: what else the Triton path does not take, in words, or None.
 
     Raises:
-        ValueError: an unknown backend; "triton" with arguments that it does not take, named.
+        ValueError: an unknown backend; tensors of no floating-point dtype or on different devices; "triton" with
+            arguments that it does not take. The argument is named.
     """
     if backend not in ("auto", "torch", "triton"):
         raise ValueError(f"backend={backend!r} is unknown; accepted are 'auto', 'torch' and 'triton'")
     x = tensors["x"]
     assert x is not None
+    check_tensors(x, tensors)
     if backend == "torch" or (backend == "auto" and not x.is_cuda):
         return False
     reason = refusal(x, tensors) or limit
     if reason is not None and backend == "triton":
         raise ValueError(f"backend='triton': {reason}")
     return reason is None
+
+
+def check_tensors(first: Tensor, tensors: dict[str, Tensor | None], of: str = "x") -> None:
+    """Refuse a tensor that is not floating-point or not on the device of ``first``, which is called ``of``."""
+    for name, tensor in tensors.items():
+        if tensor is None:
+            continue
+        if not tensor.is_floating_point():
+            raise ValueError(f"{name} is {tensor.dtype}, expected a floating-point tensor")
+        if tensor.device != first.device:
+            raise ValueError(f"{name} is on {tensor.device}, expected {first.device} as {of}")
+
+
+def check_ids(name: str, ids: Tensor | None, shape: tuple[int, ...], device: torch.device) -> None:
+    """Refuse ids (None passes) that are not integers of ``shape`` on ``device``."""
+    if ids is None:
+        return
+    if tuple(ids.shape) != shape:
+        raise ValueError(f"{name} has shape {tuple(ids.shape)}, expected integers {shape}")
+    if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
+        raise ValueError(f"{name} has dtype {ids.dtype}, expected integers {shape}")
+    if ids.device != device:
+        raise ValueError(f"{name} is on {ids.device}, expected {device} as x")
 
 
 def refusal(x: Tensor, tensors: dict[str, Tensor | None]) -> str | None:
@@ -55,11 +80,7 @@ def refusal(x: Tensor, tensors: dict[str, Tensor | None]) -> str | None:
     if not x.is_cuda and not INTERPRETED:
         return f"x is on {x.device.type}, expected a CUDA tensor (or TRITON_INTERPRET=1 in the environment)"
     for name, tensor in tensors.items():
-        if tensor is None:
-            continue
-        if tensor.device != x.device:
-            return f"{name} is on {tensor.device}, expected {x.device} as x"
-        if tensor.dtype not in DTYPES:
+        if tensor is not None and tensor.dtype not in DTYPES:
             return f"{name} is {tensor.dtype}, expected float32, bfloat16 or float16"
     return None
 
@@ -80,9 +101,7 @@ def conv_forward(
 
 
 @conv_forward.register_fake
-def _(
-    x: Tensor, weight: Tensor, bias: Tensor | None, initial: Tensor | None, code: Tensor | None, silu: bool
-) -> Tensor:
+def _(x: Tensor, *_: Any) -> Tensor:
     return x.new_empty(x.shape)
 
 
@@ -95,12 +114,13 @@ def conv_backward(
 
     with torch.cuda.device_of(x):
         dx, dweight, dbias, dinitial = triton_conv.conv_backward(dy, x, weight, bias, initial, code, silu)
-    return dx, dweight, dbias, x.new_empty(0) if dinitial is None else dinitial
+    # a row of the summed partials: an operator's output stands alone
+    return dx, dweight, dbias.clone(), x.new_empty(0) if dinitial is None else dinitial
 
 
 @conv_backward.register_fake
 def _(
-    dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, initial: Tensor | None, code: Tensor | None, silu: bool
+    dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, initial: Tensor | None, *_: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return x.new_empty(x.shape), weight.new_empty(weight.shape), weight.new_empty(x.shape[2]), _like(initial, x)
 
@@ -130,7 +150,7 @@ def conv_step(x: Tensor, state: Tensor, weight: Tensor, bias: Tensor | None, sil
 
 
 @conv_step.register_fake
-def _(x: Tensor, state: Tensor, weight: Tensor, bias: Tensor | None, silu: bool) -> tuple[Tensor, Tensor]:
+def _(x: Tensor, state: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape), state.new_empty(state.shape)
 
 
@@ -167,7 +187,7 @@ def norm_backward(
 
 @norm_backward.register_fake
 def _(
-    dy: Tensor, dsummed: Tensor | None, x: Tensor, z: Tensor | None, weight: Tensor, rstd: Tensor, group_size: int
+    dy: Tensor, dsummed: Tensor | None, x: Tensor, z: Tensor | None, weight: Tensor, *_: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     return x.new_empty(x.shape), _like(z, x), weight.new_empty(weight.shape)
 

@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .operators import check_tensors
+
 
 def routed_linear(x: Tensor, weight: Tensor, counts: Sequence[int]) -> Tensor:
     """y[rows of entry e] = x[rows of entry e] @ weight[e]ᵀ, the rows of x being sorted by entry.
@@ -30,6 +32,7 @@ def routed_linear(x: Tensor, weight: Tensor, counts: Sequence[int]) -> Tensor:
         raise ValueError(f"x {tuple(x.shape)} and weight {tuple(weight.shape)} do not fit (T, in) and (E, out, in)")
     if x.dtype != weight.dtype:
         raise ValueError(f"x is {x.dtype} and weight is {weight.dtype}, expected one dtype")
+    check_tensors(x, {"x": x, "weight": weight})
     rows = tuple(int(count) for count in counts)
     if len(rows) != weight.shape[0] or min(rows, default=0) < 0 or sum(rows) != x.shape[0]:
         raise ValueError(

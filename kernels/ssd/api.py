@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..operators import use_triton
+from ..operators import check_tensors, use_triton
 from .chunked import chunked_scan
 from .inputs import (
     FULL_DT_RANGE,
@@ -74,6 +74,7 @@ def ssd(
     """
     check_scan_shapes(x, {"dt": dt}, B, C)
     expect_shape("z", z, tuple(x.shape))
+    check_tensors(x, {"z": z})
     seq_idx = resolve_seq_idx(seq_idx, cu_seqlens, x)
     dtype = accumulation_dtype(x, dt, A, B, C, initial_states)
     tensors = {"x": x, "dt": dt, "A": A, "B": B, "C": C, "D": D, "dt_bias": dt_bias, "initial_states": initial_states}

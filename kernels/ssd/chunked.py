@@ -212,7 +212,7 @@ def _(
     B: Tensor,
     C: Tensor,
     initial_states: Tensor | None,
-    segments: Tensor | None,
+    _: Tensor | None,
     chunk: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     (b, l, h, p), n = x.shape, B.shape[3]
@@ -252,7 +252,7 @@ def _(
     initial_states: Tensor | None,
     segments: Tensor | None,
     states: Tensor,
-    chunk: int,
+    *rest: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     (b, _, h, p), n = x.shape, B.shape[3]
     initial = states.new_empty(b, h, p, n) if initial_states is None else initial_states

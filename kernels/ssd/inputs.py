@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..operators import check_ids
+
 FULL_DT_RANGE = (0.0, math.inf)
 
 
@@ -44,7 +46,7 @@ def check_scan_shapes(x: Tensor, per_token: dict[str, Tensor], B: Tensor, C: Ten
 
 def check_groups(heads: int, groups: int) -> None:
     """Refuse a number of B/C groups that does not divide the heads."""
-    if groups == 0 or heads % groups:
+    if groups < 1 or heads % groups:
         raise ValueError(f"{groups} groups of B and C do not divide {heads} heads")
 
 
@@ -131,7 +133,5 @@ def resolve_seq_idx(seq_idx: Tensor | None, cu_seqlens: Tensor | Sequence[int] |
         if seq_idx is not None:
             raise ValueError("seq_idx and cu_seqlens were both given, expected at most one of them")
         return seq_idx_from_cu_seqlens(cu_seqlens, b, l, x.device)
-    expect_shape("seq_idx", seq_idx, (b, l))
-    if seq_idx is not None and (seq_idx.is_floating_point() or seq_idx.dtype == torch.bool):
-        raise ValueError(f"seq_idx has dtype {seq_idx.dtype}, expected integers")
+    check_ids("seq_idx", seq_idx, (b, l), x.device)
     return seq_idx

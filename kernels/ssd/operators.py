@@ -216,12 +216,7 @@ def _(
     code: Tensor | None,
     states: Tensor,
     cs: Tensor,
-    scale: Tensor,
-    discretise: bool,
-    softplus: bool,
-    low: float,
-    high: float,
-    chunk: int,
+    *_: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     def like(t: Tensor | None) -> Tensor:
         return cs.new_empty(0) if t is None else t.new_empty(t.shape)
@@ -276,18 +271,5 @@ def scan_step(
 
 
 @scan_step.register_fake
-def _(
-    state: Tensor,
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    bias: Tensor | None,
-    softplus: bool,
-    low: float,
-    high: float,
-) -> tuple[Tensor, Tensor]:
+def _(state: Tensor, x: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape), state.new_empty(state.shape)

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..operators import use_triton
+from ..operators import check_tensors, use_triton
 from .api import ssd_core
 from .inputs import accumulation_dtype, check_scan_shapes, expect_shape, resolve_seq_idx, segment_numbers
 from .operators import refusal, segment_code, ssd_backward, triton_chunks
@@ -80,6 +80,8 @@ def summarise(
     seq_idx = resolve_seq_idx(seq_idx, None, x)
     if chunk_size < 1:
         raise ValueError(f"chunk_size is {chunk_size}, expected at least 1")
+    tensors: dict[str, Tensor | None] = {"x": x, "log_decay": log_decay, "scale": scale, "B": B, "C": C, "D": D}
+    triton = use_triton(backend, tensors, refusal(tensors))
     total = log_decay.to(torch.promote_types(log_decay.dtype, torch.float32))
     if seq_idx is not None:
         segments, valid = segment_numbers(seq_idx)
@@ -87,8 +89,7 @@ def summarise(
         total = total.masked_fill((segments[:, -1] != 0)[:, None], -torch.inf)
     else:
         total = total.sum(dim=1)
-    tensors: dict[str, Tensor | None] = {"x": x, "log_decay": log_decay, "scale": scale, "B": B, "C": C, "D": D}
-    if not use_triton(backend, tensors, refusal(tensors)):
+    if not triton:
         options: dict[str, Any] = {"seq_idx": seq_idx, "chunk_size": chunk_size, "backend": "torch"}
         y, state = ssd_core(x, log_decay, scale, B, C, D=D, return_final_states=True, **options)
         return Segment(state, total), Kept(x, log_decay, scale, B, C, D, seq_idx, chunk_size, y, None, ())
@@ -110,6 +111,7 @@ def enter(kept: Kept, entry: Tensor) -> Tensor:
     x, B = kept.x, kept.B
     b, _, h, p = x.shape
     expect_shape("entry", entry, (b, h, p, B.shape[3]))
+    check_tensors(x, {"entry": entry})
     if not kept.tensors:
         return kept.y + _reached(kept, entry).to(kept.y.dtype)
     tensors: dict[str, Tensor | None] = {"x": x, "entry": entry, "B": B}
@@ -216,22 +218,7 @@ def ssd_entered(
 
 
 @ssd_entered.register_fake
-def _(
-    stand_in: Tensor,
-    x: Tensor,
-    log_decay: Tensor,
-    scale: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    entry: Tensor,
-    code: Tensor | None,
-    states: Tensor,
-    reach: Tensor,
-    cs: Tensor,
-    steps: Tensor,
-    chunk: int,
-) -> Tensor:
+def _(stand_in: Tensor, x: Tensor, *_: Any) -> Tensor:
     return x.new_empty(x.shape)
 
 
@@ -261,18 +248,7 @@ def ssd_entered_backward(
 
 @ssd_entered_backward.register_fake
 def _(
-    dy: Tensor,
-    x: Tensor,
-    log_decay: Tensor,
-    scale: Tensor,
-    B: Tensor,
-    C: Tensor,
-    entry: Tensor,
-    code: Tensor | None,
-    reach: Tensor,
-    cs: Tensor,
-    steps: Tensor,
-    chunk: int,
+    dy: Tensor, x: Tensor, log_decay: Tensor, scale: Tensor, B: Tensor, C: Tensor, entry: Tensor, *_: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     return log_decay.new_empty(log_decay.shape), C.new_empty(C.shape), entry.new_empty(entry.shape)
 

@@ -143,23 +143,6 @@ def test_decode_steps(batch: int) -> None:
         assert_close(got, want, TOLERANCE)
 
 
-def test_opcheck() -> None:
-    ops, t = torch.ops.polylepis, draw_conv(2, 9, 3, 4, F32)
-    code = torch.zeros(2, 9, dtype=torch.int32)
-    torch.library.opcheck(ops.conv_forward.default, (t["x"], t["weight"], t["bias"], t["initial_state"], code, True))
-    torch.library.opcheck(ops.conv_forward.default, (t["x"], t["weight"], None, None, None, False))
-    x, z = (torch.randn(2, 3, 8, requires_grad=True) for _ in range(2))
-    weight = torch.randn(8, requires_grad=True)
-    torch.library.opcheck(ops.norm_forward.default, (x, z, None, weight, 4, 1e-5))
-    torch.library.opcheck(ops.norm_forward.default, (x, None, z, weight, 8, 1e-5))
-    s = {k: v.detach() for k, v in draw_scan(1, 1, 2, 3, 1, 4, F32).items()}
-    arguments = [s[k][:, 0] for k in ("x", "dt")], [s[k][:, 0] for k in ("B", "C")]
-    step = (s["initial_states"], *arguments[0], s["A"], *arguments[1], s["D"], None, s["dt_bias"], True, 0.0, 1.0)
-    torch.library.opcheck(ops.ssd_step.default, step)
-    c = {k: v.detach() for k, v in draw_conv(2, 1, 3, 4, F32).items()}
-    torch.library.opcheck(ops.conv_step.default, (c["x"][:, 0], c["initial_state"], c["weight"], None, True))
-
-
 def test_compiles_into_one_graph() -> None:
     t = draw_conv(1, 9, 8, 4, F32)
     norm_weight = torch.randn(8, requires_grad=True)

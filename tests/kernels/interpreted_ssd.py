@@ -12,7 +12,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 sys.path.insert(0, str(Path(__file__).parent))
 from bfloat16_shim import bfloat16  # noqa: F401
@@ -194,45 +193,11 @@ def test_bfloat16() -> None:
     assert_close(got, run(ssd_reference, rounded), 2e-2)
 
 
-def operator_arguments() -> tuple[Any, ...]:
-    t = draw(1, 18, 2, 3, 1, 2, F32)
-    code = torch.zeros(1, 18, dtype=torch.int32)
-    code[:, 7:] = 2
-    names = ("x", "dt", "A", "dt_bias", "B", "C", "D", "initial_states")
-    return (*(t[n] for n in names), code, True, True, 0.0, float("inf"), 16, 16)
-
-
-@pytest.mark.parametrize("save", [False, True])
-def test_opcheck(save: bool) -> None:
-    torch.library.opcheck(torch.ops.polylepis.ssd_forward.default, (*operator_arguments(), save))
-
-
 def test_compiles_into_one_graph() -> None:
     t = draw(1, 18, 2, 3, 1, 2, F32)
     compiled = torch.compile(triton, fullgraph=True, backend="aot_eager")
     for a, b in zip(run(compiled, t), run(triton, t), strict=True):
         torch.testing.assert_close(a, b)
-
-
-def test_checkpoint_policy_saves_or_recomputes() -> None:
-    t = draw(1, 18, 2, 3, 1, 2, F32)
-    want = run(triton, t)
-    original, calls = triton_scan.outputs, []
-    for policy, expected in ((CheckpointPolicy.MUST_SAVE, 1), (CheckpointPolicy.MUST_RECOMPUTE, 2)):
-
-        def choose(ctx: Any, op: Any, *args: Any, _policy: Any = policy, **kw: Any) -> CheckpointPolicy:
-            return _policy if "ssd_forward" in str(op) else CheckpointPolicy.PREFER_RECOMPUTE
-
-        def under(_choose: Any = choose, **kw: Any) -> Any:
-            context = lambda: create_selective_checkpoint_contexts(_choose)  # noqa: E731
-            return checkpoint(triton, use_reentrant=False, context_fn=context, **kw)
-
-        calls.clear()
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(triton_scan, "outputs", lambda *a, **k: (calls.append(1), original(*a, **k))[1])
-            got = run(under, t)
-        assert len(calls) == expected
-        assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
 
 
 def test_refusals() -> None:
@@ -279,17 +244,6 @@ def test_a_segment_entered_twice_or_never() -> None:
         never = torch.autograd.grad(segment.state.square().sum(), [x, dt, B], retain_graph=True)
         grads.append((both.detach(), *twice, *never, *torch.autograd.grad(both.sum(), used)))
     assert_close(grads[0], grads[1], TOLERANCE)
-
-
-def test_segment_opcheck() -> None:
-    t = draw(1, 18, 2, 3, 1, 2, F32)
-    names, code = ("x", "dt", "dt", "B", "C", "D"), torch.zeros(1, 18, dtype=torch.int32)
-    args = (*(t[n] for n in names), code, 16)
-    for save in (False, True):
-        torch.library.opcheck(torch.ops.polylepis.ssd_segment.default, (*args, save))
-    stand_in, *kept = (k.detach() for k in torch.ops.polylepis.ssd_segment(*args, False)[1:])
-    rest = (stand_in, *(t[n] for n in (*names, "initial_states")), code, *kept, 16)
-    torch.library.opcheck(torch.ops.polylepis.ssd_entered.default, rest)
 
 
 def test_expanded_parameters_and_transposed_ids() -> None:

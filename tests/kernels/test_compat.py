@@ -137,6 +137,10 @@ def test_refusals_by_name() -> None:
     ):
         with pytest.raises(ValueError, match=f"{next(iter(change))} is not supported"):
             compat.mamba_chunk_scan_combined(x, dt, A, B, B, 8, **change)
+    with pytest.raises(ValueError, match="outproj_bias was given without outproj_weight"):
+        compat.mamba_split_conv1d_scan_combined(
+            new(1, 4, 99), new(16, 4), None, new(2), A, new(2, 3), 8, outproj_bias=new(3)
+        )
     with pytest.raises(ValueError, match="D has shape"):
         compat.mamba_chunk_scan_combined(x, dt, A, B, B, 8, D=new(2, 4))
     with pytest.raises(ValueError, match="d_nonssm"):
