@@ -67,7 +67,10 @@ def test_convolution(width: int, start: bool, bias: bool, activation: str | None
     compare(conv, [t[name] for name in names])
 
 
-@pytest.mark.parametrize("l", [1, 2, 31, 32, 33, 70])
+LONGER = [pytest.param(l, marks=pytest.mark.full) for l in (63, 64, 65, 127, 128, 129, 256, 257)]
+
+
+@pytest.mark.parametrize("l", [1, 2, 31, 32, 33, 70, *LONGER])
 def test_convolution_lengths(l: int) -> None:
     """Around the tile, and slices of a wider projection with 130 channels."""
     t = draw_conv(1, l, 130, 4, F32)
