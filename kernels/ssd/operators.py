@@ -29,11 +29,11 @@ def refusal(tensors: dict[str, Tensor | None]) -> str | None:
     return None
 
 
-def triton_chunks(x: Tensor, B: Tensor, C: Tensor, chunk_size: int, save_states: bool) -> tuple[int, int]:
+def triton_chunks(x: Tensor, B: Tensor, C: Tensor, chunk_size: int) -> tuple[int, int]:
     """Tokens per chunk of the forward and the backward: the table's on a GPU; in the interpreter the power of two below
     chunk_size, at least 16."""
     if x.is_cuda:
-        return chunks_of(torch.promote_types(torch.promote_types(x.dtype, B.dtype), C.dtype), save_states)
+        return chunks_of(torch.promote_types(torch.promote_types(x.dtype, B.dtype), C.dtype))
     chunk = max(16, 1 << (chunk_size.bit_length() - 1))
     return chunk, chunk
 

@@ -94,7 +94,7 @@ def summarise(
         y, state = ssd_core(x, log_decay, scale, B, C, D=D, return_final_states=True, **options)
         return Segment(state, total), Kept(x, log_decay, scale, B, C, D, seq_idx, chunk_size, y, None, ())
     # the chunk of a backward both ways: where S_in joins, larger tiles spill
-    code, (_, chunk) = segment_code(seq_idx), triton_chunks(x, B, C, chunk_size, True)
+    code, (_, chunk) = segment_code(seq_idx), triton_chunks(x, B, C, chunk_size)
     state, y, *tensors_kept = ssd_segment(x, log_decay, scale, B, C, D, code, chunk, save_states)
     return Segment(state, total), Kept(x, log_decay, scale, B, C, D, seq_idx, chunk, y, code, tuple(tensors_kept))
 

@@ -32,13 +32,15 @@ class ScanConfig(NamedTuple):
 
 
 # Candidates for bfloat16 and float16, the preferred one first; all compile for sm_90 at P 64, N 128 (the static gate).
+# The order is read off the machine code, not measured: four warps are one warpgroup, whose matrix instruction takes the
+# whole tile and of which two programs fit an SM; with two stages there is one buffer, and copies wait for the products.
 HALVES: dict[str, tuple[Launch, ...]] = {
     "prep": (Launch(16, 4, 1), Launch(32, 4, 1)),
-    "state": (Launch(64, 8, 3), Launch(64, 8, 2), Launch(32, 8, 3)),
-    "output": (Launch(64, 8, 2), Launch(32, 8, 2), Launch(32, 8, 3)),
-    "dstate": (Launch(64, 8, 2), Launch(64, 8, 3), Launch(32, 8, 2)),
-    "dx": (Launch(64, 8, 2), Launch(32, 8, 2), Launch(32, 8, 3)),
-    "dbc": (Launch(64, 8, 2), Launch(64, 8, 3), Launch(64, 4, 2)),
+    "state": (Launch(64, 8, 3), Launch(64, 4, 3), Launch(64, 8, 2)),
+    "output": (Launch(64, 4, 3), Launch(64, 8, 3), Launch(64, 4, 2)),
+    "dstate": (Launch(64, 8, 2), Launch(64, 8, 3), Launch(64, 4, 2)),
+    "dx": (Launch(64, 4, 3), Launch(64, 8, 2), Launch(32, 8, 2)),
+    "dbc": (Launch(64, 4, 3), Launch(64, 4, 2), Launch(64, 8, 3)),
     "decay": (Launch(1, 4, 1), Launch(1, 2, 1)),
 }
 HALF = ScanConfig._make([*(HALVES[name][0] for name in ScanConfig._fields[:-1]), 264])
@@ -66,12 +68,10 @@ SMALL = Launch(16, 1, 1)
 INTERPRETER = ScanConfig(SMALL, SMALL, SMALL, SMALL, SMALL, SMALL, SMALL, slots=1)
 
 
-def chunks_of(dtype: torch.dtype, save_states: bool) -> tuple[int, int]:
-    """Tokens per chunk of the forward and the backward on a GPU.
+def chunks_of(dtype: torch.dtype) -> tuple[int, int]:
+    """Tokens per chunk of the forward and the backward on a GPU; powers of two.
 
-    Larger chunks write fewer bytes of states and work more per tile (kernel study, section 3). The backward wants tiles
-    of 64 (larger ones spill); the forward takes 128 where nothing has to be kept for the backward.
+    Larger chunks write fewer bytes of states, smaller ones leave registers: at 128 the output kernel fills all of them,
+    one program fits an SM and half of its products are masked; at 64 two fit (the static gate).
     """
-    if dtype == torch.float32:
-        return 32, 32
-    return (64 if save_states else 128), 64
+    return (32, 32) if dtype == torch.float32 else (64, 64)

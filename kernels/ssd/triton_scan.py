@@ -323,6 +323,8 @@ def _group_gradients(
     ``dsim``) only of reach·states, one state per row and head."""
     b, l, h, _, g, n = scan.sizes
     launch = scan.config.dbc
+    if reach is not None:  # scaling the states as they are loaded takes registers that four warps do not have
+        launch = launch._replace(warps=8, stages=min(launch.stages, 2))
     rows = min(launch.rows, scan.chunk)
     splits = h // g // scan.heads(rows) if dsim is None else dsim.shape[0]
     tokens, others, mine = (scan.x, scan.C, scan.B) if dy is None else (dy, scan.B, scan.C)

@@ -37,6 +37,16 @@ class Use(NamedTuple):
     registers: int
     stack: int
     shared: int
+    wgmma: int  # instructions of Hopper's matrix units, which take operands of a whole warpgroup
+    mma: int  # of the older ones, at half the rate
+    wide: int  # copies and loads of 16 bytes
+
+    @property
+    def programs(self) -> int:
+        """That an SM of sm_90 holds at once: 64 Ki registers, 2,048 threads, 227 KB of shared memory."""
+        threads = 32 * self.options["num_warps"]
+        registers = -(-self.registers // 8) * 8
+        return min(65536 // (threads * registers), 2048 // threads, 227 * 1024 // (self.shared + 1024), 32)
 
 
 class Recorder:
@@ -71,7 +81,10 @@ class Recorder:
         registers, stack = resources(compiled.asm["cubin"])
         name = f"{self.kernel.fn.__name__}{self.label}"
         name += "".join(f" {key.lower()}" for key in ("REVERSE", "ROLE_C", "HAS_ENTRY", "HAS_REACH") if given.get(key))
-        self.out.append(Use(name, options, registers, stack, compiled.metadata.shared))
+        ptx = compiled.asm["ptx"]
+        kinds = (r"wgmma\.mma_async", r"\bmma\.sync", r"ld\.global[\w.:]*\.v4\.b32|cp\.async\.cg[\w.:]* [^;]*, 0x10")
+        found = (len(re.findall(kind, ptx)) for kind in kinds)
+        self.out.append(Use(name, options, registers, stack, compiled.metadata.shared, *found))
 
 
 def resources(cubin: bytes) -> tuple[int, int]:
@@ -125,7 +138,7 @@ def scan_uses(
     initial = new(b, h, p, n, dtype=torch.float32)
     uses: list[Use] = []
     try:
-        for chunk, backward in zip(chunks_of(dtype, False), (False, True), strict=True):
+        for chunk, backward in zip(chunks_of(dtype), (False, True), strict=True):
             label = f" {str(dtype)[6:]} P{p} N{n} Q{chunk}{' packed' if packed else ''}"
             with recording([triton_forward, triton_backward], label) as out:
                 scan = triton_scan.plan(x, dt, parameters[0], parameters[1], B, C, parameters[2], code, how, chunk)
@@ -195,7 +208,7 @@ def mixer_uses(dtype: torch.dtype, packed: bool) -> list[Use]:
     try:
         conv = triton_mixer.Convolution.of((x, B, C), weight, bias, start, code, True)
         decays = triton_mixer.Decays(dt, per_head[0], per_head[1], per_head[2], code, how, g)
-        for chunk in chunks_of(dtype, False):
+        for chunk in chunks_of(dtype):
             with recording([triton_mixer], f" {str(dtype)[6:]} Q{chunk}{' packed' if packed else ''}") as out:
                 triton_mixer.prepare(conv, decays, chunk)
             uses += out
@@ -209,10 +222,13 @@ def mixer_uses(dtype: torch.dtype, packed: bool) -> list[Use]:
 
 
 def table(uses: list[Use]) -> str:
-    lines = ["| kernel | warps, stages | registers | stack B | shared KB |", "|---|---|---|---|---|"]
+    lines = [
+        "| kernel | warps, stages | registers | stack B | shared KB | programs per SM |",
+        "|---|---|---|---|---|---|",
+    ]
     lines += [
         f"| {u.kernel} | {u.options.get('num_warps')}, {u.options.get('num_stages', '–')} | {u.registers} | {u.stack}"
-        f" | {u.shared / 1024:.0f} |"
+        f" | {u.shared / 1024:.0f} | {u.programs} |"
         for u in uses
     ]
     return "\n".join(lines)
