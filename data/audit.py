@@ -196,7 +196,7 @@ def simulate(config: StreamConfig, *, dp_size: int, ranks_per_node: int, steps: 
             "per node"
         )
     planner, splits = planner_of(config)
-    sizes = [[path.stat().st_size for path in split.files.paths] for split in splits]
+    sizes = [split.files.sizes() for split in splits]
     nodes = dp_size // ranks_per_node
     share = config.global_batch // nodes
     caches: list[OrderedDict[tuple[int, int], int]] = [OrderedDict() for _ in range(nodes)]

@@ -59,7 +59,7 @@ def _mosaic(folder: Path, members: Callable[[], Samples], work: Path) -> Callabl
     with MDSWriter(out=str(work), columns=columns) as writer:
         for sample in members():
             writer.write(sample)
-    return lambda: iter(StreamingDataset(local=str(work), shuffle=True, batch_size=1))
+    return lambda: iter(StreamingDataset(local=str(work), shuffle=True, batch_size=64))
 
 
 def _energon(folder: Path, members: Callable[[], Samples], work: Path) -> Callable[[], Samples]:

@@ -61,6 +61,7 @@ class Split:
     encode: Callable[[str], np.ndarray] | None = field(default=None, repr=False)
     latent_format: LatentFormat | None = None
     latent_rows: LatentRows | None = field(default=None, repr=False)
+    _last_meta: tuple[tuple[int, int], dict[str, Any]] | None = field(default=None, init=False, repr=False)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Workers open the data set again: its indices are in the page cache, not in a pipe."""
@@ -139,8 +140,10 @@ class Split:
 
     def meta(self, sample: int) -> dict[str, Any]:
         """The sample's `json` member: kind, digit, caption, spans, lengths, …; documents of a block share theirs."""
-        members = self.members(sample)
-        return {"kind": "text", **json.loads(members["json"])} if "json" in members else {"kind": "text"}
+        place = (int(self.shard[sample]), int(self.span_offset[sample]))
+        if self._last_meta is None or self._last_meta[0] != place:  # a block is read once for all its documents
+            self._last_meta = place, json.loads(self.members(sample).get("json", b"{}"))
+        return {"kind": "text", **self._last_meta[1]}
 
 
 @dataclass
@@ -289,6 +292,10 @@ class Dataset:
                 _compare(tar, stored, scanned)
                 if scanned.header["sha256"] != shard["sha256"]:
                     raise DataError(f"{tar}: sha256 differs from the manifest: the shard was changed")
+                counts = scanned.modality_lengths.sum(axis=0).tolist()
+                tokens = dict(zip(self.vocabulary.modalities, counts, strict=True))
+                if shard["tokens"] != tokens:
+                    raise DataError(f"{tar}: the manifest says {shard['tokens']} tokens, the shard holds {tokens}")
                 keys = set(scanned.keys.tolist())
                 if keys & seen:
                     raise DataError(f"{tar}: duplicate key {min(keys & seen).decode()!r} also in another shard")

@@ -60,7 +60,22 @@ def read_manifest(root: Path) -> tuple[dict[str, Any], str]:
         raise DataError(f"{file} is not a manifest ({error!r})") from error
     if version != MANIFEST_VERSION or missing:
         raise DataError(f"{file}: version {version}, fields missing: {sorted(missing)}; this reads {MANIFEST_VERSION}")
+    shards = {"name": str, "bytes": int, "sha256": str, "n_samples": int, "tokens": dict}
+    listed = [("files", "an entry", entry, {"bytes": int, "sha256": str}) for entry in _values(file, manifest, "files")]
+    for entries in _values(file, manifest, "splits"):
+        listed += [("splits", "a shard", entry, shards) for entry in (entries if isinstance(entries, list) else [None])]
+    for section, what, entry, fields in listed:
+        wrong = [k for k, kind in fields.items() if not isinstance(entry, dict) or not isinstance(entry.get(k), kind)]
+        if wrong:
+            raise DataError(f"{file}: {what} of {section} lacks {', '.join(wrong)} (or has another type): {entry}")
     return manifest, hashlib.sha256(raw).hexdigest()
+
+
+def _values(file: Path, manifest: Mapping[str, Any], section: str) -> list[Any]:
+    """The entries of a section that must be a table."""
+    if not isinstance(manifest[section], dict):
+        raise DataError(f"{file}: {section} must be a table by name, got {manifest[section]!r}")
+    return list(manifest[section].values())
 
 
 def write_manifest(

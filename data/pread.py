@@ -28,6 +28,10 @@ class ShardFiles:
         """File names, for messages."""
         return [path.name for path in self.paths]
 
+    def sizes(self) -> list[int]:
+        """Bytes of each shard."""
+        return [path.stat().st_size for path in self.paths]
+
     def read(self, shard: int, offset: int, size: int) -> bytes:
         """`size` bytes of shard number `shard` at `offset`; BadSampleError when it cannot give them."""
         path = self.paths[shard]

@@ -193,6 +193,10 @@ class RemoteShards(ShardFiles):
         super().__init__([folder.local / entry["name"] for entry in entries], max_open=max_open)
         self.folder, self.entries = folder, entries
 
+    def sizes(self) -> list[int]:
+        """As the manifest has them: nothing is fetched."""
+        return [entry["bytes"] for entry in self.entries]
+
     def read(self, shard: int, offset: int, size: int) -> bytes:
         """As `ShardFiles.read`; what cannot be fetched is a BadSampleError."""
         if self._by_ranges(shard):

@@ -178,11 +178,9 @@ class Stream:
                 name: getattr(config, name) for name in ("seq_len", "global_batch", "seed", "window", "block", "spread")
             },
             "modality_weights": dict(zip(self._modalities, self._weights.tolist(), strict=True)),
-            "sources": {
-                name: hashlib.sha256(f"{source.identity}/{split}".encode()).hexdigest()[:12]
-                for name, (source, split) in self._sources.items()
-            },
-            "weights": mix.tables,
+            "sources": {name: _digest(f"{source.identity}/{split}") for name, (source, split) in self._sources.items()},
+            # Later stages as hashes: a state stays small with many sources and stages.
+            "weights": [mix.tables[0], *(_digest(json.dumps(table)) for table in mix.tables[1:])],
             "stages": mix.firsts[1:],
         }
 
@@ -454,3 +452,7 @@ def open_sources(dataset: Dataset | MockDataset, config: StreamConfig) -> Opened
 
 def _plan_hash(fields: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:12]

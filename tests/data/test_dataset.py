@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -91,6 +92,32 @@ def test_foreign_shards(damaged: Damage, write_shard: Callable[..., Path]) -> No
     refused(copy, rf"shard .*{SHARD} is truncated|foreign or changed")
     with pytest.raises(DataError, match="foreign or changed shard; no index written"):
         list(index_shards([copy / SHARD]))
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda m: m.update(splits=[]), r"splits must be a table by name, got \[\]"),
+        (lambda m: m["splits"]["train"][0].pop("sha256"), r"a shard of splits lacks sha256 .*train-00000\.tar"),
+        (lambda m: m["splits"]["train"][0].update(bytes="many"), "a shard of splits lacks bytes"),
+        (lambda m: m["files"].update({"tokenizer.model": 3}), "an entry of files lacks bytes, sha256"),
+    ],
+)
+def test_a_malformed_manifest_is_refused(damaged: Damage, change: Callable[[Any], Any], message: str) -> None:
+    copy = damaged("manifest.json")
+    manifest = json.loads((copy / "manifest.json").read_text())
+    change(manifest)
+    (copy / "manifest.json").write_text(json.dumps(manifest))
+    refused(copy, message)
+
+
+def test_validation_counts_the_tokens_that_the_manifest_states(damaged: Damage) -> None:
+    copy = damaged("manifest.json")
+    manifest = json.loads((copy / "manifest.json").read_text())
+    manifest["splits"]["heldout"][0]["tokens"]["text"] = 5
+    (copy / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(DataError, match=rf"{SHARD}: the manifest says .*'text': 5.* tokens, the shard holds"):
+        list(Dataset.open(copy).validate())
 
 
 def test_shard_made_with_other_vocabularies_though_manifest_and_index_agree(damaged: Damage) -> None:

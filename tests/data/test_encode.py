@@ -18,7 +18,7 @@ from PIL import Image
 
 from polylepis.data.commands import data
 from polylepis.data.corpus import DIGIT_NAMES, load_digits, prose_sections
-from polylepis.data.dataset import Dataset
+from polylepis.data.dataset import Dataset, Split
 from polylepis.data.encode import EncodeConfig, encode_folder, plan_tasks
 from polylepis.data.errors import DataError
 
@@ -72,6 +72,16 @@ def test_what_a_folder_becomes(encoded: Path, source: Path) -> None:
     assert kinds["image-caption"] + kinds["caption-image"] == 40 and min(kinds.values()) > 5
     for file in (source / "deep").glob("*.md"):
         assert file.read_text()[:200] in whole
+
+
+def test_validation_reads_a_block_once_for_all_its_documents(encoded: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    reads: list[int] = []
+    members = Split.members
+    monkeypatch.setattr(Split, "members", lambda self, i: reads.append(i) or members(self, i))
+    splits = (dataset := Dataset.open(encoded)).splits.values()
+    list(dataset.validate())
+    spans = {(s.name, *place) for s in splits for place in zip(s.shard, s.span_offset, strict=True)}
+    assert sum(map(len, splits)) > len(spans) == len(reads)
 
 
 def test_a_job_array_makes_the_same_bytes(encoded: Path, source: Path, tmp_path: Path) -> None:

@@ -71,7 +71,9 @@ def test_resume_at_every_step_on_any_number_of_ranks(small: Path, mixed: StreamC
 
 def test_the_state_is_small(small: Path) -> None:
     names = [f"source{i:02d}" for i in range(30)]
-    config = StreamConfig(str(small), sources={name: Source(1.0, split="heldout") for name in names}, global_batch=64)
+    sources = {name: Source(1.0, split="heldout") for name in names}
+    stages = tuple(Stage(k, {name: 0.1 * i + k for i, name in enumerate(names)}) for k in (100, 200, 300))
+    config = StreamConfig(str(small), sources=sources, stages=stages, global_batch=64)
     stream = Stream(Dataset.open(small), config, dp_rank=0, dp_size=1)
     for _ in range(3):
         stream.next()

@@ -7,6 +7,7 @@ import os
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 
+from polylepis.data.audit import simulate
 from polylepis.data.dataset import Dataset
 from polylepis.data.errors import BadSampleError, DataError
 from polylepis.data.files import is_url
@@ -134,6 +136,8 @@ def test_a_stream_from_s3_is_the_stream_from_the_folder(store: Store, small: Pat
         assert all(torch.equal(p[k], q[k]) for p, q in zip(x.micro_batches, y.micro_batches, strict=True) for k in p)
     assert [path.name for path in cache.rglob("*.tar")] == [SHARD], "only what was read was fetched"
     assert not list(cache.rglob("*.part"))
+    cluster = {"dp_size": 2, "ranks_per_node": 1, "steps": 4, "cache_bytes": 10**9}
+    assert simulate(config, **cluster) == simulate(replace(config, path=str(small)), **cluster)
     store.gets.clear()
     again = Stream(Dataset.open("s3://bucket/data"), config, dp_rank=0, dp_size=1, state=a.state_dict())
     assert again.next().doc_digest == b.next().doc_digest and not store.gets
