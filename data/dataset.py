@@ -125,12 +125,23 @@ class Split:
         shard = int(self.shard[sample])
         span = self.files.read(shard, start, size)
         members: dict[str, bytes] = {}
-        at = 0
+        at, more = 0, None
         # The scan that made the index has judged every header; here their sums need not be checked once more.
         while at < size:
-            name = span[at : at + 100].partition(b"\0")[0].rpartition(b"/")[2]
-            digits = span[at + 124 : at + 136].strip(b" \0")
-            extension = name.partition(b".")[2]
+            name = span[at : at + 100].partition(b"\0")[0]
+            digits, kind = span[at + 124 : at + 136].strip(b" \0"), span[at + 156 : at + 157]
+            if self.encode is not None and kind not in b"0\0" and digits.isdigit():  # an adopted tar
+                from .extended import KINDS, Extended, parse
+
+                length = int(digits, 8)
+                if kind in KINDS:
+                    more = parse(kind, span[at + BLOCK : at + BLOCK + length], more or Extended())
+                at += BLOCK + -(-length // BLOCK) * BLOCK
+                continue
+            if more is not None:
+                name, digits = (more.name or name.decode()).encode(), digits if more.size is None else b"%o" % more.size
+                more = None
+            extension = name.rpartition(b"/")[2].partition(b".")[2]
             if not extension or not digits.isdigit() or span[at + 257 : at + 262] != b"ustar":
                 raise BadSampleError("corrupt", f"{self.where(sample)}: no tar header at offset {start + at}")
             length = int(digits, 8)

@@ -18,6 +18,7 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 
 from .errors import DataError
+from .extended import KINDS, MOST, Extended, parse
 from .files import sha256_file
 from .index import BLOCK, INDEX_VERSION, ShardIndex
 from .latents import MEMBER, LatentRows, parse_member
@@ -41,14 +42,17 @@ class Member:
         return self.offset + -(-self.size // BLOCK) * BLOCK
 
 
-def read_members(file: BinaryIO, size: int, name: str) -> Iterator[Member]:
+def read_members(file: BinaryIO, size: int, name: str, *, foreign: bool = False) -> Iterator[Member]:
     """All members of a plain ustar archive of `size` bytes, in order.
 
+    Args:
+        foreign: PAX and GNU long-name headers are read too, and belong to their member; folders are passed over.
+
     Raises:
-        DataError: a header with a wrong checksum, a member that is no regular file (PAX and GNU extensions included),
-            a name without extension, or an archive that ends early.
+        DataError: a header with a wrong checksum, a member that is no regular file (of ours, PAX and GNU extensions
+            included), a name without extension, or an archive that ends early.
     """
-    offset = 0
+    offset, begin, more = 0, 0, Extended()
     while True:
         file.seek(offset)
         block = file.read(BLOCK)
@@ -60,6 +64,20 @@ def read_members(file: BinaryIO, size: int, name: str) -> Iterator[Member]:
             info = tarfile.TarInfo.frombuf(block, "utf-8", "strict")
         except (tarfile.HeaderError, ValueError) as error:
             raise DataError(f"{name}: bad tar header at offset {offset} ({error})") from error
+        if foreign and info.size >= 0 and info.type in KINDS:
+            try:
+                if info.size > min(MOST, size - offset - BLOCK):
+                    raise ValueError(f"an extended header of {info.size} bytes")
+                more = parse(info.type, file.read(info.size), more)
+            except ValueError as error:
+                raise DataError(f"{name}: bad tar header at offset {offset} ({error})") from error
+            offset += BLOCK + -(-info.size // BLOCK) * BLOCK
+            continue
+        if foreign and info.type == tarfile.DIRTYPE:
+            offset += BLOCK
+            begin, more = offset, Extended()
+            continue
+        info.name, info.size = more.name or info.name, info.size if more.size is None else more.size
         if info.size < 0:
             raise DataError(f"{name}: bad tar header at offset {offset} (a size of {info.size})")
         if info.type not in (tarfile.REGTYPE, tarfile.AREGTYPE):
@@ -68,13 +86,14 @@ def read_members(file: BinaryIO, size: int, name: str) -> Iterator[Member]:
         stem, dot, extension = base.partition(".")
         if not dot or not stem:
             raise DataError(f"{name}: member {info.name!r} at offset {offset} is not named KEY.EXTENSION")
-        member = Member(folder + slash + stem, extension, offset, offset + BLOCK, info.size)
+        member = Member(folder + slash + stem, extension, begin, offset + BLOCK, info.size)
         if member.end > size:
             raise DataError(
                 f"{name}: truncated inside {info.name!r} at offset {offset}: {member.end} bytes needed, {size} there"
             )
         yield member
-        offset = member.end
+        offset = begin = member.end
+        more = Extended()
     # A second zero block closes the archive; writers pad with more.
     file.seek(offset)
     rest = file.read()
@@ -82,7 +101,7 @@ def read_members(file: BinaryIO, size: int, name: str) -> Iterator[Member]:
         raise DataError(f"{name}: no proper end of archive at offset {offset}: two zero blocks and nothing else")
 
 
-def read_groups(file: BinaryIO, size: int, name: str) -> Iterator[list[Member]]:
+def read_groups(file: BinaryIO, size: int, name: str, *, foreign: bool = False) -> Iterator[list[Member]]:
     """Members grouped into samples.
 
     Raises:
@@ -91,7 +110,7 @@ def read_groups(file: BinaryIO, size: int, name: str) -> Iterator[list[Member]]:
     """
     group: list[Member] = []
     seen: set[str] = set()
-    for member in read_members(file, size, name):
+    for member in read_members(file, size, name, foreign=foreign):
         if group and member.key != group[0].key:
             yield group
             group = []
@@ -177,7 +196,7 @@ def scan_shard(path: Path, *, name: str | None = None, reading: TextReading | No
     starts = [0]
     common: dict[str, Any] | None = None
     with file:
-        for group in read_groups(file, size, name):
+        for group in read_groups(file, size, name, foreign=reading is not None):
             start, end = group[0].header, group[-1].end
             starts[-1:] = [start, end]
             if reading is not None:

@@ -25,10 +25,10 @@ def read_texts(path: Path) -> Iterator[str]:
         content = path.read_bytes().decode("utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"cannot read {path}: {error}") from error
-    if path.suffix != ".jsonl":
+    if path.suffix.lower() != ".jsonl":
         yield content
         return
-    for number, line in enumerate(content.splitlines(), 1):
+    for number, line in enumerate(content.split("\n"), 1):  # JSON strings may hold the other line separators
         try:
             text = json.loads(line)["text"] if line.strip() else ""
         except (ValueError, KeyError, TypeError) as error:
@@ -89,7 +89,7 @@ def read_bytes(path: Path) -> np.ndarray:
 def read_series(path: Path) -> dict[str, np.ndarray]:
     """Column name -> float64 [rows] of a .csv, NaN where a field is empty.
 
-    The first row may hold names; columns whose first value is no number (dates, names) are left out.
+    The first row may hold names; columns whose first value that is not empty is no number (dates, names) are left out.
     """
     try:
         with open(path, newline="", encoding="utf-8") as file:
@@ -99,7 +99,8 @@ def read_series(path: Path) -> dict[str, np.ndarray]:
     named = bool(rows) and not any(_is_number(field) for field in rows[0])
     names = rows[0] if named else [str(i) for i in range(len(rows[0]))] if rows else []
     body = rows[1:] if named else rows
-    chosen = [i for i, field in enumerate(body[0]) if _is_number(field)] if body else []
+    firsts = [next((row[i] for row in body if i < len(row) and row[i].strip()), "") for i in range(len(names))]
+    chosen = [i for i, field in enumerate(firsts) if _is_number(field)]
     if not chosen or len(set(names)) != len(names):
         raise DataError(f"{path} holds no column of numbers, or two of one name")
     columns = np.empty((len(chosen), len(body)))

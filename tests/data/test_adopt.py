@@ -6,6 +6,7 @@ import io
 import json
 import shutil
 import tarfile
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -97,6 +98,81 @@ def test_energons_index_is_what_energon_writes(dataset: Dataset, tmp_path: Path)
                 last = base
             expected.append(archive.offset)
         assert energon_path(tar).read_bytes() == np.array(expected, dtype=np.uint64).tobytes()
+
+
+LONG = "folder/" + "k" * 150
+
+
+def write_webdataset(path: Path, texts: dict[str, str]) -> None:
+    """As its users write: the time of each member is a float, which takes an extended header."""
+    import webdataset
+
+    with webdataset.TarWriter(str(path)) as writer:
+        for key, text in texts.items():
+            writer.write({"__key__": key, "jpg": b"\xff\xd8\0", "txt": text.encode()})
+
+
+def write_tar(format: int) -> Callable[[Path, dict[str, str]], None]:
+    def write(path: Path, texts: dict[str, str]) -> None:
+        with tarfile.open(path, "w", format=format) as tar:
+            for folder in (".", "./folder"):
+                info = tarfile.TarInfo(folder)
+                info.type = tarfile.DIRTYPE
+                tar.addfile(info)
+            for key, text in texts.items():
+                for name, payload in ((f"./{key}.jpg", b"\xff\xd8\0"), (f"./{key}.txt", text.encode())):
+                    info = tarfile.TarInfo(name)
+                    info.size, info.mtime = len(payload), 1.5
+                    tar.addfile(info, io.BytesIO(payload))
+
+    return write
+
+
+@pytest.mark.parametrize(
+    "write",
+    [write_webdataset, write_tar(tarfile.PAX_FORMAT), write_tar(tarfile.GNU_FORMAT)],
+    ids=["webdataset", "pax", "gnu"],
+)
+def test_tars_with_extended_headers_are_adopted(
+    tmp_path: Path, tokenizer: Path, write: Callable[[Path, dict[str, str]], None]
+) -> None:
+    texts = {f"{LONG if i % 3 else 'folder/short'}{i:03d}": text_of(i, 5 + i) for i in range(20)}
+    write(tmp_path / "x.tar", texts)
+    with tarfile.open(tmp_path / "x.tar") as tar:  # Python's reader is the oracle of names, and of where groups begin
+        members = [m for m in tar if m.isfile()]
+    assert [m.name.removeprefix("./") for m in members] == [f"{k}.{e}" for k in texts for e in ("jpg", "txt")]
+    assert members[0].offset_data - members[0].offset > 512 or members[2].offset_data - members[2].offset > 512
+    list(adopt([tmp_path / "x.tar"], tokenizer=tokenizer, max_tokens=512))
+    dataset = Dataset.open(tmp_path)
+    assert [n for _, n in dataset.validate()] == [20]
+    split = dataset.split("train")
+    assert [split.key(i).removeprefix("./").removesuffix("/0") for i in range(20)] == list(texts)
+    assert split.span_offset.tolist() == [m.offset for m in members[::2]]
+    for i, text in enumerate(texts.values()):
+        assert dataset.composer.decode(split.tokens(i))[0][1] == text
+        assert split.members(i) == {"jpg": b"\xff\xd8\0", "txt": text.encode()}
+    starts = np.fromfile(energon_path(tmp_path / "x.tar"), np.uint64).tolist()
+    assert starts[:-1] == [m.offset for m in members[::2]]
+
+
+@pytest.mark.parametrize(
+    "payload, message",
+    [
+        (b"0 path=x\n", "a record of 0 bytes"),
+        (b"99 path=x\n", "a record of 99 bytes where 10 are left"),
+        (b"9 pathx\n\n", "a malformed record"),
+        (b"22 GNU.sparse.major=1\n", "a sparse file"),
+        (b"x path=y\n", "invalid literal"),
+    ],
+)
+def test_damaged_extended_headers_are_refused(tmp_path: Path, tokenizer: Path, payload: bytes, message: str) -> None:
+    with tarfile.open(tmp_path / "x.tar", "w", format=tarfile.USTAR_FORMAT) as tar:
+        for name, kind, content in (("e", tarfile.XHDTYPE, payload), ("a.txt", tarfile.REGTYPE, b"text")):
+            info = tarfile.TarInfo(name)
+            info.type, info.size = kind, len(content)
+            tar.addfile(info, io.BytesIO(content))
+    with pytest.raises(DataError, match=rf"x\.tar: bad tar header at offset 0 \(.*{message}"):
+        list(adopt([tmp_path / "x.tar"], tokenizer=tokenizer))
 
 
 def test_foreign_tars_become_a_data_set_that_streams_and_mixes(tmp_path: Path, tokenizer: Path) -> None:
