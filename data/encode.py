@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from filelock import FileLock
 
 from .adopt import MIN_TOKENS, meaning, save_meaning
 from .codecs import (
@@ -57,7 +58,7 @@ from .sources import (
 from .tokenizer import TextTokenizer
 from .vocabulary import Vocabulary
 
-PLAN = "encode.json"
+PLAN, LOCK = "encode.json", "encode.lock"
 _KINDS = {**dict.fromkeys(IMAGE, "image"), **dict.fromkeys(SOUND, "voice")}
 _KINDS |= {**dict.fromkeys(SERIES, "series"), **dict.fromkeys(LATENTS, "latent")}
 _BLOCK_TOKENS = 1 << 20
@@ -210,7 +211,14 @@ def encode_folder(
     if workers < 1 or (worker is not None and not 0 <= worker < workers):
         raise DataError(f"workers >= 1 and worker in 0..workers-1 are needed, got {workers} and {worker}")
     tasks = plan_tasks(source, config)
-    composer = _claim(source, out, config, tasks, like, tokenizer)
+    fresh = not out.exists()
+    out.mkdir(parents=True, exist_ok=True)
+    alone = FileLock(out / LOCK)  # members of a job array start together, and end together
+    try:
+        with alone:
+            composer = _claim(source, out, config, tasks, like, tokenizer)
+    finally:
+        _leave_no_trace(out, fresh)
     mine = tasks if worker is None else tasks[worker::workers]
     if worker is None and workers > 1:
         context = multiprocessing.get_context("forkserver")
@@ -219,18 +227,29 @@ def encode_folder(
             yield from pool.map(run_task, *arguments)
     else:
         yield from (run_task(source, out, config, composer, task) for task in mine)
-    if all((out / task.shard).exists() for task in tasks) and not (out / MANIFEST).exists():
-        splits: dict[str, list[ShardIndex]] = {}
-        for task in tasks:
-            splits.setdefault(task.split, []).append(ShardIndex.load(index_path(out / task.shard)))
-        write_manifest(
-            out,
-            name=source.name,
-            generator={"name": "encode", "version": 1, "source": source.name, "max_tokens": config.max_tokens},
-            provenance={"text": f"files of {source.name}"},
-            composer=composer,
-            splits=splits,
-        )
+    with alone:
+        if all((out / task.shard).exists() for task in tasks) and not (out / MANIFEST).exists():
+            splits: dict[str, list[ShardIndex]] = {}
+            for task in tasks:
+                splits.setdefault(task.split, []).append(ShardIndex.load(index_path(out / task.shard)))
+            write_manifest(
+                out,
+                name=source.name,
+                generator={"name": "encode", "version": 1, "source": source.name, "max_tokens": config.max_tokens},
+                provenance={"text": f"files of {source.name}"},
+                composer=composer,
+                splits=splits,
+            )
+    if (out / MANIFEST).exists():
+        (out / LOCK).unlink(missing_ok=True)
+
+
+def _leave_no_trace(out: Path, fresh: bool) -> None:
+    """After a refusal: neither the lock nor a folder that was not there before."""
+    if not (out / PLAN).exists():
+        (out / LOCK).unlink(missing_ok=True)
+        if fresh and not any(out.iterdir()):
+            out.rmdir()
 
 
 def _claim(
@@ -242,10 +261,21 @@ def _claim(
     if (out / PLAN).exists():
         if (out / PLAN).read_bytes() != plan:
             raise DataError(f"{out} belongs to another encode job (other files or settings); choose another folder")
-    elif out.exists() and any(out.iterdir()):
+        return _meaning(source, out, config, tasks, like, tokenizer)
+    if any(entry.name != LOCK for entry in out.iterdir()):
         raise DataError(f"{out} is not empty and belongs to no encode job; choose another folder")
-    out.mkdir(parents=True, exist_ok=True)
     write_atomic(out / PLAN, plan)
+    try:
+        return _meaning(source, out, config, tasks, like, tokenizer)
+    except BaseException:  # a job that never began: other files or settings may have the folder
+        (out / PLAN).unlink()
+        raise
+
+
+def _meaning(
+    source: Path, out: Path, config: EncodeConfig, tasks: list[Task], like: Path | None, tokenizer: Path | None
+) -> Composer:
+    """The given tokenizer and codecs, or those learnt from the source; saved in `out`."""
     composer = meaning(like, tokenizer) if like or tokenizer else _train(source, out, config, tasks)
     save_meaning(out, composer)
     return composer

@@ -7,8 +7,10 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 import wave
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -103,6 +105,26 @@ from test_encode import CONFIG
 for shard in encode.encode_folder(Path(sys.argv[1]), Path(sys.argv[2]), CONFIG):
     print(shard, flush=True)
 """
+
+
+def test_a_job_array_may_start_all_at_once(encoded: Path, source: Path, tmp_path: Path) -> None:
+    together = threading.Barrier(4)
+
+    def member(worker: int) -> None:
+        together.wait()
+        list(encode_folder(source, tmp_path / "out", CONFIG, workers=4, worker=worker))
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(member, range(4)))
+    assert shards(tmp_path / "out") == shards(encoded)
+    assert not (tmp_path / "out" / "encode.lock").exists()
+    Dataset.open(tmp_path / "out")
+
+
+def test_a_job_that_never_began_leaves_nothing(source: Path, tmp_path: Path) -> None:
+    with pytest.raises(DataError):
+        list(encode_folder(source, tmp_path / "out", CONFIG, tokenizer=tmp_path / "none.model"))
+    assert not (tmp_path / "out").exists()
 
 
 def test_killed_and_started_again(encoded: Path, source: Path, tmp_path: Path) -> None:
