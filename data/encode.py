@@ -159,7 +159,8 @@ def plan_tasks(source: Path, config: EncodeConfig) -> list[Task]:
         caption = path.with_suffix(".txt")
         is_media = config.modality(path.name) != "text"
         name = str(caption.relative_to(source)) if is_media and caption.exists() else ""
-        units.append(Unit(len(units), str(path.relative_to(source)), name, path.stat().st_size))
+        if size := path.stat().st_size:  # an empty file holds no document
+            units.append(Unit(len(units), str(path.relative_to(source)), name, size))
     if not units:
         raise DataError(
             f"{source} holds no file of a known kind ({', '.join((*TEXT, '.jsonl', *_KINDS, *config.byte_files))})"
@@ -296,6 +297,11 @@ def _train(source: Path, out: Path, config: EncodeConfig, tasks: list[Task]) -> 
             lines += [line for name in names for text in read_texts(source / name) for line in text.split("\n")]
             if sum(map(len, lines)) > _TRAIN_BYTES:
                 break
+        if not any(line.strip() for line in lines):
+            raise DataError(
+                f"{source} holds no text to train a tokenizer on: use another data set's with --like, or add captions "
+                "(NAME.txt beside NAME.png)"
+            )
         tokenizer = TextTokenizer.train(lines, config.text_vocab)
     codecs = _train_codecs(source, config, units)
     sizes = (tokenizer.vocab_size, *(codec.vocab_size for codec in codecs.values()))
@@ -354,6 +360,9 @@ def run_task(source: Path, out: Path, config: EncodeConfig, composer: Composer, 
                 if config.modality(unit.file) != "text":
                     for sample in _media_samples(composer, source, config, unit):
                         writer.write(sample)
+        if not tar.exists():
+            files = ", ".join(unit.file for unit in task.units)
+            raise DataError(f"{source}: {files[:200]} hold no document (blank text?); take them out and begin again")
     index = ShardIndex.load(index_path(tar))
     return task.shard, len(index), int(index.lengths.sum())
 

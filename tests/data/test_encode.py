@@ -121,6 +121,17 @@ def test_a_job_array_may_start_all_at_once(encoded: Path, source: Path, tmp_path
     Dataset.open(tmp_path / "out")
 
 
+def test_files_without_a_document(tmp_path: Path) -> None:
+    folder = tmp_path / "files"
+    folder.mkdir()
+    Image.fromarray(np.zeros((8, 8), np.uint8)).save(folder / "a.png")
+    with pytest.raises(DataError, match="holds no text to train a tokenizer on: use another data set's with --like"):
+        list(encode_folder(folder, tmp_path / "out", CONFIG))
+    assert not (tmp_path / "out").exists()
+    (folder / "empty.txt").touch()
+    assert [unit.file for task in plan_tasks(folder, CONFIG) for unit in task.units] == ["a.png"]
+
+
 def test_a_job_that_never_began_leaves_nothing(source: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError):
         list(encode_folder(source, tmp_path / "out", CONFIG, tokenizer=tmp_path / "none.model"))
