@@ -205,11 +205,11 @@ def validate(path: str) -> None:
 
 @data.command()
 @click.argument("paths", nargs=-1, required=True, metavar="PATHS...")
-@click.option("--seq-len", type=click.IntRange(min=2), default=256, show_default=True, help="Row length for packing.")
+@click.option("--seq-len", type=click.IntRange(min=2), help="Row length for packing; default: what the longest needs.")
 @click.option("--window", type=click.IntRange(min=1), default=2048, show_default=True, help="Documents per window.")
 @click.option("--samples", type=click.IntRange(min=0), default=5, show_default=True, help="Samples to show.")
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Order to judge and show.")
-def inspect(paths: tuple[str, ...], seq_len: int, window: int, samples: int, seed: int) -> None:
+def inspect(paths: tuple[str, ...], seq_len: int | None, window: int, samples: int, seed: int) -> None:
     """Show what data sets hold: a tree of tokens per source and modality, packing, and a few decoded samples."""
     from .dataset import Dataset
     from .maintenance import describe, tree
@@ -219,7 +219,9 @@ def inspect(paths: tuple[str, ...], seq_len: int, window: int, samples: int, see
         click.echo(line)
     for dataset in datasets:
         click.echo()
-        for line in describe(dataset, seq_len=seq_len, window=window, samples=samples, seed=seed):
+        longest = max(int(split.lengths.max()) for split in dataset.splits.values())
+        row = seq_len or max(256, 1 << (longest - 1).bit_length())
+        for line in describe(dataset, seq_len=row, window=window, samples=samples, seed=seed):
             click.echo(line)
 
 
@@ -249,6 +251,8 @@ def preview(
     from .preview import write_picture, write_preview
 
     dataset = Dataset.open(path)
+    for page in filter(None, (out, picture)):
+        page.parent.mkdir(parents=True, exist_ok=True)
     write_preview(dataset, split, out, samples=samples, packs=packs, seq_len=seq_len, window=window, seed=seed)
     if picture is not None:
         write_picture(dataset, split, picture, packs=packs, seq_len=seq_len, window=window, seed=seed)
@@ -330,7 +334,7 @@ def bench(
 ) -> None:
     """Measure reading here, side by side with webdataset and other readers: rates, resume, planning, memory.
 
-    litdata and mosaicml-streaming are measured where this Python, or that of --python, has them.
+    litdata, mosaicml-streaming and Energon are measured where this Python, or that of --python, has them.
     """
     import json
     import sys

@@ -74,9 +74,11 @@ def encode_folder(
     try:
         with alone:
             composer = _claim(source, out, config, tasks, like, tokenizer)
+            mine = tasks if worker is None else tasks[worker::workers]
+            for task in [task for task in mine if not _done(out, task)][:1]:
+                _part(out, task).touch()  # a job at work: no other takes the folder over
     finally:
         _leave_no_trace(out, fresh)
-    mine = tasks if worker is None else tasks[worker::workers]
     if (out / MANIFEST).exists():
         yield from (_counts(out, task) for task in mine)
     elif worker is None and workers > 1:
@@ -108,10 +110,17 @@ def _end_with_parent() -> None:
 def run_task(source: Path, out: Path, config: EncodeConfig, composer: Composer, task: Task) -> tuple[str, int, int]:
     """Makes one shard, if it is not there; returns (its name, documents, tokens)."""
     if not _done(out, task):
-        write_shard(source, out, config, composer, task)
+        try:
+            write_shard(source, out, config, composer, task)
+        finally:
+            _part(out, task).unlink(missing_ok=True)
         if not (out / task.shard).exists():
             write_atomic(out / (task.shard + _NOTHING), b"")
     return _counts(out, task)
+
+
+def _part(out: Path, task: Task) -> Path:
+    return out / (task.shard + ".part")
 
 
 def _done(out: Path, task: Task) -> bool:
