@@ -200,6 +200,13 @@ def _meaning(
 ) -> Composer:
     """The given tokenizer and codecs, or those learnt from the source; saved in `out`."""
     composer = meaning(like, tokenizer) if like or tokenizer else learn_meaning(source, config, tasks, out)
+    for unit in () if config.skip_bad else (unit for task in tasks for unit in task.units):
+        modality = config.modality(unit.file)
+        if modality != "text" and modality not in composer.codecs:
+            raise DataError(
+                f"{source / unit.file}: {like or tokenizer} has no codec for {modality}, only for "
+                f"{', '.join(composer.vocabulary.modalities)}; take such files out, or leave them out by --skip-bad"
+            )
     save_meaning(out, composer)
     return composer
 

@@ -189,6 +189,10 @@ def test_like_another_data_set(encoded: Path, source: Path, tmp_path: Path) -> N
     assert run.exit_code == 0 and "tokens/s" in run.output and "identity" in run.output
     ours, theirs = Dataset.open(tmp_path / "out"), Dataset.open(encoded)
     assert ours.manifest["fingerprints"] == theirs.manifest["fingerprints"]
+    (few / "b.csv").write_text("a,b\n1,2\n")
+    run = CliRunner().invoke(data, ["encode", str(few), str(tmp_path / "next"), "--like", str(encoded)])
+    assert "b.csv" in str(run.exception) and "no codec for series, only for text, image" in str(run.exception)
+    assert not (tmp_path / "next").exists()
 
 
 def test_sounds(tmp_path: Path) -> None:
