@@ -14,15 +14,20 @@ from .dataset import Dataset, Split
 from .errors import DataError
 from .mixing import Source
 from .packing import PackPlan
-from .plan import Planner, StepPlan, digest
+from .plan import Place, Planner, StepPlan, digest
 from .stream import StreamConfig, open_sources
 
 
 def parse_sources(texts: Sequence[str]) -> dict[str, Source]:
-    """PATH[#SPLIT][=WEIGHT] -> sources, named by folder; DataError for a weight that is no number."""
+    """PATH[#SPLIT][=WEIGHT] -> sources, named by folder; DataError for a weight that is no number.
+
+    An "=" before a slash is part of the path, as in date=2026-01-01/shards.
+    """
     sources: dict[str, Source] = {}
     for text in texts:
-        place, _, weight = text.partition("=")
+        place, _, weight = text.rpartition("=")
+        if not place or "/" in weight:
+            place, weight = text, ""
         path, _, split = place.partition("#")
         name = Path(path).name
         while name in sources:
@@ -221,12 +226,20 @@ def simulate(config: StreamConfig, *, dp_size: int, ranks_per_node: int, steps: 
                     cache.popitem(last=False)
         position = plan.after
     done = {
-        name: place.epoch + place.window / plan.n_windows
+        name: place.epoch + _documents_before(plan, place) / len(plan.lengths)
         for name, place, plan in zip(planner.mix.names, position.places, planner.plans, strict=True)
     }
     return Forecast(
         done, tokens / steps, touched_all / (steps * nodes), read / (steps * nodes), max(fetched), hits / touched_all
     )
+
+
+def _documents_before(plan: PackPlan, place: Place) -> int:
+    """Documents of its epoch that come before a place."""
+    if place.window >= plan.n_windows:
+        return len(plan.lengths)
+    packs = plan.packs(place.epoch, place.window)[: place.pack]
+    return place.window * plan.window + sum(map(len, packs))
 
 
 def to_json(result: Audit | Forecast) -> str:

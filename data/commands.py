@@ -100,7 +100,7 @@ def index(
 @click.option("--workers", type=click.IntRange(min=1), default=1, show_default=True, help="Processes, or array size.")
 @click.option("--worker", type=click.IntRange(min=0), help="This member of a job array; without it all run here.")
 @click.option("--max-tokens", type=int, default=2048, show_default=True, help="Longer texts are cut between words.")
-@click.option("--heldout", type=float, default=0.0, show_default=True, help="Share of files for split heldout.")
+@click.option("--heldout", type=float, default=0.0, show_default=True, help="Share of files (documents) held out.")
 @click.option("--text-vocab", type=int, default=8192, show_default=True, help="Pieces, where a tokenizer is trained.")
 @click.option("--image-codes", type=int, default=512, show_default=True, help="Codes, where an image codec is trained.")
 @click.option(
@@ -108,11 +108,16 @@ def index(
 )
 @click.option("--image-model", default="", help="Folder of an AutoencoderKL (latents) or Chameleon (codes).")
 @click.option("--image-side", type=click.IntRange(min=1), default=32, show_default=True, help="Pixels of a picture.")
+@click.option("--voice-codes", type=int, default=512, show_default=True, help="Codes, where a codec is trained.")
+@click.option("--rate", type=click.IntRange(min=1000), default=16000, show_default=True, help="Hz that sounds become.")
 @click.option("--latent-dtype", type=click.Choice(["bfloat16", "float16"]), default="bfloat16", show_default=True)
 @click.option("--bytes", "byte_files", multiple=True, metavar=".EXT", help="Files of this ending are byte streams.")
 @click.option("--series-bins", type=click.IntRange(min=2), default=1024, show_default=True, help="For columns of .csv.")
 @click.option("--series-law", type=click.Choice(["mu", "uniform"]), default="mu", show_default=True)
 @click.option("--series-range", type=float, nargs=2, help="Bins from low to high; default: what the files span.")
+@click.option("--megatron-eod", type=int, metavar="ID", help="Megatron's: leave out this id where it ends a document.")
+@click.option("--originals/--no-originals", default=True, show_default=True, help="Store pictures and sounds as well.")
+@click.option("--skip-bad", is_flag=True, help="Leave out what cannot be read or does not fit, and list it.")
 @click.option("--shard-mb", type=click.FloatRange(min=0, min_open=True), default=64.0, show_default=True)
 def encode(
     source: Path,
@@ -129,17 +134,20 @@ def encode(
     shard_mb: float,
     **kinds: Any,
 ) -> None:
-    """Make a data set of a folder of files: texts, .jsonl, pictures, .wav, .csv of numbers, byte files, latents.
+    """Make a data set of a folder: texts, .jsonl, .parquet, pictures, sounds, .csv, byte files, latents, tars of these.
 
     NAME.txt beside NAME.png (.wav, .csv, …) is its caption. Latents are .safetensors: one tensor `latents` [n, width].
-    Cut off or killed, the same command goes on; a job array gives every member its --worker and all the same
-    --workers. Without --like or --tokenizer, tokenizer and codecs are trained on the folder first.
+    Texts, .jsonl and .csv may be packed: .gz, .bz2, .xz, .zst. Cut off or killed, the same command goes on; a job array
+    gives every member its --worker and all the same --workers. Without --like or --tokenizer, tokenizer and codecs are
+    trained on the folder first.
     """
     import time
 
     from tqdm import tqdm
 
-    from .encode import EncodeConfig, encode_folder, finished, plan_tasks
+    from .codecs import describe_codec
+    from .encode import encode_folder, finished, skipped
+    from .tasks import EncodeConfig, plan_tasks
 
     config = EncodeConfig(
         max_tokens=max_tokens,
@@ -151,14 +159,28 @@ def encode(
         **kinds,
     )
     started, documents, tokens = time.perf_counter(), 0, 0
+    plan = plan_tasks(source, config)
+    if plan.passed_over:
+        files = ", ".join(f"{count} {ends}" for ends, count in plan.passed_over.items())
+        click.echo(f"no reader takes: {files}")
     work = encode_folder(source, out, config, like=like, tokenizer=tokenizer, workers=workers, worker=worker)
-    for _, more_documents, more_tokens in tqdm(work, total=len(plan_tasks(source, config)), unit="shard"):
+    for _, more_documents, more_tokens in tqdm(work, total=len(plan.tasks), unit="shard"):
         documents, tokens = documents + more_documents, tokens + more_tokens
     seconds = time.perf_counter() - started
     click.echo(f"{documents:,d} documents, {tokens:,d} tokens in {seconds:.1f} s: {tokens / seconds:,.0f} tokens/s")
+    if left_out := skipped(out):
+        click.echo(f"{left_out:,d} documents were left out; {out}/*.skipped.jsonl say which and why")
     dataset = finished(out)
-    state = f"identity {dataset.identity[:16]}" if dataset else "other workers are not done yet"
-    click.echo(f"{out}: {state}")
+    if dataset is None:
+        click.echo(f"{out}: other workers are not done yet")
+        return
+    for modality, codec in dataset.composer.codecs.items():
+        click.echo(f"{modality}: {describe_codec(codec)}")
+    for split in ("train", "heldout") if heldout else ("train",):
+        found = dataset.splits.get(split)
+        count, total = (len(found), int(found.lengths.sum())) if found else (0, 0)
+        click.echo(f"{split}: {count:,d} documents, {total:,d} tokens")
+    click.echo(f"{out}: identity {dataset.identity[:16]}")
 
 
 @data.command()
@@ -183,11 +205,11 @@ def validate(path: str) -> None:
 
 @data.command()
 @click.argument("paths", nargs=-1, required=True, metavar="PATHS...")
-@click.option("--seq-len", type=click.IntRange(min=2), default=256, show_default=True, help="Row length for packing.")
+@click.option("--seq-len", type=click.IntRange(min=2), help="Row length for packing; default: what the longest needs.")
 @click.option("--window", type=click.IntRange(min=1), default=2048, show_default=True, help="Documents per window.")
 @click.option("--samples", type=click.IntRange(min=0), default=5, show_default=True, help="Samples to show.")
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Order to judge and show.")
-def inspect(paths: tuple[str, ...], seq_len: int, window: int, samples: int, seed: int) -> None:
+def inspect(paths: tuple[str, ...], seq_len: int | None, window: int, samples: int, seed: int) -> None:
     """Show what data sets hold: a tree of tokens per source and modality, packing, and a few decoded samples."""
     from .dataset import Dataset
     from .maintenance import describe, tree
@@ -197,7 +219,9 @@ def inspect(paths: tuple[str, ...], seq_len: int, window: int, samples: int, see
         click.echo(line)
     for dataset in datasets:
         click.echo()
-        for line in describe(dataset, seq_len=seq_len, window=window, samples=samples, seed=seed):
+        longest = max(int(split.lengths.max()) for split in dataset.splits.values())
+        row = seq_len or max(256, 1 << (longest - 1).bit_length())
+        for line in describe(dataset, seq_len=row, window=window, samples=samples, seed=seed):
             click.echo(line)
 
 
@@ -227,6 +251,8 @@ def preview(
     from .preview import write_picture, write_preview
 
     dataset = Dataset.open(path)
+    for page in filter(None, (out, picture)):
+        page.parent.mkdir(parents=True, exist_ok=True)
     write_preview(dataset, split, out, samples=samples, packs=packs, seq_len=seq_len, window=window, seed=seed)
     if picture is not None:
         write_picture(dataset, split, picture, packs=packs, seq_len=seq_len, window=window, seed=seed)
@@ -308,7 +334,7 @@ def bench(
 ) -> None:
     """Measure reading here, side by side with webdataset and other readers: rates, resume, planning, memory.
 
-    litdata and mosaicml-streaming are measured where this Python, or that of --python, has them.
+    litdata, mosaicml-streaming and Energon are measured where this Python, or that of --python, has them.
     """
     import json
     import sys

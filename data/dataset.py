@@ -230,7 +230,7 @@ class Dataset:
         root = remote.local if remote else Path(path)
         if remote:
             remote.fetch(MANIFEST, fresh=True)
-        manifest, identity = read_manifest(root)
+        manifest, identity = read_manifest(root, shown=str(path))
         if remote:
             for file, entry in manifest["files"].items():
                 remote.fetch(file, size=entry["bytes"], sha256=entry["sha256"])

@@ -46,12 +46,18 @@ def fingerprints(vocabulary: Vocabulary, tokenizer: Tokenizer, codecs: Mapping[s
     }
 
 
-def read_manifest(root: Path) -> tuple[dict[str, Any], str]:
-    """The manifest of a folder and its hash; DataError when there is none or it is of another version."""
-    file = root / MANIFEST
-    if not file.is_file():
-        raise DataError(f"{root} is no data set: {MANIFEST} is missing; make one with: polylepis data build quickstart")
-    raw = file.read_bytes()
+def read_manifest(root: Path, *, shown: str | None = None) -> tuple[dict[str, Any], str]:
+    """The manifest of a folder and its hash; DataError when there is none or it is of another version.
+
+    Args:
+        shown: how messages call the folder, where `root` is the copy of a remote one.
+    """
+    file = f"{str(shown or root).rstrip('/')}/{MANIFEST}"
+    if not (root / MANIFEST).is_file():
+        begun = (root / "encode.json").exists()
+        how = "go on with: polylepis data encode" if begun else "make one with: polylepis data build quickstart"
+        raise DataError(f"{shown or root} is no data set: {MANIFEST} is missing; {how}")
+    raw = (root / MANIFEST).read_bytes()
     try:
         manifest = json.loads(raw)
         version = manifest["version"]
@@ -71,7 +77,7 @@ def read_manifest(root: Path) -> tuple[dict[str, Any], str]:
     return manifest, hashlib.sha256(raw).hexdigest()
 
 
-def _values(file: Path, manifest: Mapping[str, Any], section: str) -> list[Any]:
+def _values(file: str, manifest: Mapping[str, Any], section: str) -> list[Any]:
     """The entries of a section that must be a table."""
     if not isinstance(manifest[section], dict):
         raise DataError(f"{file}: {section} must be a table by name, got {manifest[section]!r}")

@@ -17,6 +17,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
+from .cut import cut_text
 from .errors import DataError
 from .extended import KINDS, MOST, Extended, parse
 from .files import sha256_file
@@ -325,29 +326,13 @@ def _scan_text(file: BinaryIO, group: list[Member], name: str, reading: TextRead
         raise DataError(f"{where}: {reading.extension} is not UTF-8 at byte {error.start}") from error
     documents: list[_Document] = []
     offset, zeros = member.offset, [0] * (len(reading.modalities) - 1)
-    for piece, count in cut_text(text, reading.max_tokens - 2, reading.encode):
+    for piece, ids in cut_text(text, reading.max_tokens - 2, reading.encode):
         data = piece.encode()
         if piece.strip():
             key = f"{group[0].key}/{len(documents)}".encode()
-            documents.append(_Document(key, offset, len(data), zlib.crc32(data), [count + 2, *zeros]))
+            documents.append(_Document(key, offset, len(data), zlib.crc32(data), [len(ids) + 2, *zeros]))
         offset += len(data)
     return documents
-
-
-def cut_text(text: str, limit: int, encode: Callable[[str], list[int]]) -> Iterator[tuple[str, int]]:
-    """(piece, its tokens): successive pieces of `text`, at most `limit` tokens each, cut after spaces if possible."""
-    waiting = [text] if text else []
-    while waiting:
-        piece = waiting.pop()
-        # No tokenizer makes fewer than one token of 64 characters: do not tokenise a book to learn that it is long.
-        count = len(encode(piece)) if len(piece) <= 64 * limit else limit + 1
-        if count <= limit or len(piece) == 1:
-            yield piece, count
-            continue
-        middle = len(piece) // 2
-        space = max(piece.rfind(" ", 1, middle), piece.rfind("\n", 1, middle)) + 1
-        cut = space if space > middle // 2 else middle
-        waiting += [piece[cut:], piece[:cut]]
 
 
 def _array(payload: bytes, where: str, dtypes: tuple[str, ...]) -> np.ndarray:

@@ -22,6 +22,7 @@ __all__ = [
     "LogMelKMeans",
     "PatchKMeans",
     "SeriesCodec",
+    "describe_codec",
     "load_codec",
     "open_picture_model",
 ]
@@ -36,3 +37,14 @@ def load_codec(path: str | Path) -> Codec:
         if settings.get("id") == known.id:
             return known.load(path)
     raise DataError(f"{path}: unknown codec {settings.get('id')!r}; known are {', '.join(one.id for one in _KNOWN)}")
+
+
+def describe_codec(codec: Codec) -> str:
+    """What a codec makes of its arrays, for people: "patch-kmeans, 512 codes, 32x32 pixels in colour"."""
+    parts = [codec.id, f"{codec.vocab_size:,d} codes" if codec.kind == "discrete" else "latents"]
+    if shape := getattr(codec, "image_shape", None):
+        colour = "in colour" if getattr(codec, "channels", 1) == 3 else "grey"
+        parts.append(f"{shape[0]}x{shape[1]} pixels {colour}")
+    if rate := getattr(codec, "rate", None):
+        parts.append(f"{rate} Hz")
+    return ", ".join(parts)

@@ -12,8 +12,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from polylepis.data.adopt import adopt
 from polylepis.data.commands import data
@@ -22,7 +20,7 @@ from polylepis.data.errors import DataError
 from polylepis.data.index import energon_path, index_path
 from polylepis.data.maintenance import index_shards
 from polylepis.data.pread import ShardFiles
-from polylepis.data.scan import cut_text, scan_shard
+from polylepis.data.scan import scan_shard
 from polylepis.data.shards import ShardWriter
 from polylepis.data.stream import Source, Stream, StreamConfig
 from polylepis.data.tokenizer import HubTokenizer, TextTokenizer, load_tokenizer
@@ -242,14 +240,6 @@ def test_another_tokenizer_is_a_bad_sample(tmp_path: Path, tokenizer: Path) -> N
     split.encode = lambda text: np.array([1, 2])
     with pytest.raises(DataError, match=r"x\.tar: 'a/0' at offset \d+ gives 2 tokens, the index says \d+"):
         split.tokens(0)
-
-
-@settings(max_examples=100, deadline=None)
-@given(st.text(max_size=400), st.integers(1, 30))
-def test_cutting_loses_nothing(text: str, limit: int) -> None:
-    pieces = list(cut_text(text, limit, lambda piece: list(piece.encode())))
-    assert "".join(piece for piece, _ in pieces) == text
-    assert all(count <= limit or len(piece) == 1 for piece, count in pieces)
 
 
 def test_hugging_face_tokenizers(tmp_path: Path) -> None:

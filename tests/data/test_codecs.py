@@ -83,7 +83,7 @@ def test_refusals(tmp_path: Path) -> None:
         PatchKMeans.train(images, n_codes=16)
     with pytest.raises(DataError, match=r"not a multiple of the patch size 3"):
         PatchKMeans.train(images, patch=3)
-    with pytest.raises(DataError, match="grey uint8 images"):
+    with pytest.raises(DataError, match=r"uint8 images \[n, height, width\(, 3\)\] expected"):
         PatchKMeans.train(images.astype(np.float32))
     codec = PatchKMeans(np.zeros((4, 4)), (8, 8), 2)
     with pytest.raises(DataError, match=r"codes must lie in 0\.\.3, got 4\.\.4"):

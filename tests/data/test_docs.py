@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import re
 import shlex
-import wave
 from pathlib import Path
 
 import numpy as np
 import pytest
+import soundfile
 from PIL import Image
 
 from polylepis.data.dataset import Dataset
@@ -32,11 +33,9 @@ def commands(small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> li
         (files / f"note-{i}.txt").write_text(f"Note number {i} of a reader, about the lake and the weather. " * 8)
         Image.fromarray(rng.integers(0, 256, (40, 30), dtype=np.uint8)).save(files / f"picture-{i}.png")
         (files / f"picture-{i}.txt").write_text(f"picture number {i}")
-    with wave.open(str(files / "voice.wav"), "wb") as sound:
-        sound.setnchannels(1)
-        sound.setsampwidth(2)
-        sound.setframerate(8000)
-        sound.writeframes(rng.integers(-3000, 3000, 8000).astype("<i2").tobytes())
+    soundfile.write(files / "voice.flac", rng.uniform(-0.1, 0.1, (44100, 2)), 44100)
+    with gzip.open(files / "web.jsonl.gz", "wt") as lines:
+        lines.writelines(json.dumps({"text": f"Page {i} of the web."}) + "\n" for i in range(50))
     block = re.search(r"```sh\n(.*?)```", PAGE, flags=re.DOTALL)
     assert block is not None
     found = [shlex.split(line) for line in block.group(1).replace("\\\n", " ").splitlines()]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import io
 import json
 import os
 import signal
@@ -14,6 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 from click.testing import CliRunner
 from PIL import Image
@@ -21,8 +24,9 @@ from PIL import Image
 from polylepis.data.commands import data
 from polylepis.data.corpus import DIGIT_NAMES, load_digits, prose_sections
 from polylepis.data.dataset import Dataset, Split
-from polylepis.data.encode import EncodeConfig, encode_folder, plan_tasks
+from polylepis.data.encode import encode_folder
 from polylepis.data.errors import DataError
+from polylepis.data.tasks import EncodeConfig, plan_tasks
 
 CONFIG = EncodeConfig(
     max_tokens=256, heldout=0.1, shard_bytes=20_000, text_vocab=640, image_side=8, patch=2, image_codes=64, rate=8000
@@ -125,11 +129,30 @@ def test_files_without_a_document(tmp_path: Path) -> None:
     folder = tmp_path / "files"
     folder.mkdir()
     Image.fromarray(np.zeros((8, 8), np.uint8)).save(folder / "a.png")
+    whole = dataclasses.replace(CONFIG, heldout=0.0)
     with pytest.raises(DataError, match="holds no text to train a tokenizer on: use another data set's with --like"):
-        list(encode_folder(folder, tmp_path / "out", CONFIG))
+        list(encode_folder(folder, tmp_path / "out", whole))
     assert not (tmp_path / "out").exists()
     (folder / "empty.txt").touch()
-    assert [unit.file for task in plan_tasks(folder, CONFIG) for unit in task.units] == ["a.png"]
+    assert [unit.file for task in plan_tasks(folder, whole).tasks for unit in task.units] == ["a.png"]
+    (folder / "a.png").unlink()
+    for i in range(3):  # a shard of blank texts alone is no shard
+        (folder / f"{i}.txt").write_text(" \n" * 20)
+    one = dataclasses.replace(whole, shard_bytes=40)
+    with pytest.raises(DataError, match="holds no text to train a tokenizer on"):
+        list(encode_folder(folder, tmp_path / "out", one))
+    (folder / "words.txt").write_text("words to read " * 30)
+    done = list(encode_folder(folder, tmp_path / "out", one))
+    assert [count > 0 for _, count, _ in done] == [False] * 3 + [True]
+    dataset = Dataset.open(tmp_path / "out")
+    assert [shard["name"] for shard in dataset.manifest["splits"]["train"]] == ["train-00003.tar"]
+    assert list(encode_folder(folder, tmp_path / "out", one)) == done
+    assert not list((tmp_path / "out").glob("*.nothing"))
+    (folder / "words.txt").write_text(" ")
+    with pytest.raises(DataError, match="holds no document for split train"):
+        list(encode_folder(folder, tmp_path / "other", one, like=tmp_path / "out"))
+    (folder / "words.txt").write_text("words")
+    list(encode_folder(folder, tmp_path / "other", one, like=tmp_path / "out"))
 
 
 def test_a_job_that_never_began_leaves_nothing(source: Path, tmp_path: Path) -> None:
@@ -166,6 +189,10 @@ def test_like_another_data_set(encoded: Path, source: Path, tmp_path: Path) -> N
     assert run.exit_code == 0 and "tokens/s" in run.output and "identity" in run.output
     ours, theirs = Dataset.open(tmp_path / "out"), Dataset.open(encoded)
     assert ours.manifest["fingerprints"] == theirs.manifest["fingerprints"]
+    (few / "b.csv").write_text("a,b\n1,2\n")
+    run = CliRunner().invoke(data, ["encode", str(few), str(tmp_path / "next"), "--like", str(encoded)])
+    assert "b.csv" in str(run.exception) and "no codec for series, only for text, image" in str(run.exception)
+    assert not (tmp_path / "next").exists()
 
 
 def test_sounds(tmp_path: Path) -> None:
@@ -183,8 +210,15 @@ def test_sounds(tmp_path: Path) -> None:
     list(encode_folder(source, tmp_path / "out", config))
     dataset = Dataset.open(tmp_path / "out")
     assert dataset.vocabulary.modalities == ("text", "voice") and len(dataset.split("train")) == 6
-    with pytest.raises(DataError, match=r"s0\.wav: 16-bit samples at 16000 Hz are needed, got 16-bit at 8000 Hz"):
-        list(encode_folder(source, tmp_path / "other", EncodeConfig(text_vocab=300)))
+    codes = [int(dataset.split("train").modality_lengths[i][1]) for i in range(6)]
+    assert codes == [8000 // 320 + 2] * 6
+    list(encode_folder(source, tmp_path / "other", dataclasses.replace(config, rate=16000)))
+    resampled = Dataset.open(tmp_path / "other").split("train")
+    assert [int(resampled.modality_lengths[i][1]) for i in range(6)] == [2 * (8000 // 320) + 2] * 6
+    with pytest.raises(
+        DataError, match=r"s\d\.wav: 25 codes of voice and a caption of \d+ tokens need \d+ tokens, --max-t"
+    ):
+        list(encode_folder(source, tmp_path / "third", dataclasses.replace(config, max_tokens=30)))
 
 
 def test_megatron_data_sets(encoded: Path, tmp_path: Path) -> None:
@@ -223,17 +257,120 @@ def test_refusals(source: Path, encoded: Path, tmp_path: Path) -> None:
     refuse("holds no file of a known kind", empty)
     refuse("is no folder", tmp_path / "absent")
     refuse("workers >= 1 and worker in 0..workers-1", workers=2, worker=2)
-    refuse("is not empty and belongs to no encode job", out=source)
+    refuse("lies in .* and would be read itself", out=source / "deep" / "out")
+    stranger = tmp_path / "stranger"
+    stranger.mkdir()
+    (stranger / "x").touch()
+    refuse("is not empty and belongs to no encode job", out=stranger)
     before = shards(encoded)
     with pytest.raises(DataError, match="belongs to another encode job"):
         list(encode_folder(source, encoded, EncodeConfig()))
     assert shards(encoded) == before
     (empty / "x.png").write_bytes(b"no picture")
+    refuse("split heldout would be empty: files are held out whole, 1 of them with a share of 0.1", empty)
+    (empty / "w.jsonl").write_text('{"text": "fine"}\n' * 9)
     (empty / "y.md").write_text("words " * 100)
     refuse(r"x\.png is no picture", empty)
+    assert not (tmp_path / "out").exists()
     (empty / "x.png").unlink()
-    (empty / "z.jsonl").write_text('{"text": "fine"}\n{"txt": 1}\n')
-    refuse(r"z\.jsonl, line 2: no JSON object with a field text", empty, out=tmp_path / "out2")
+    (empty / "z.jsonl").write_text('{"text": "fine"}\n{"txt": 1}\n{"txt": 2}\n')
+    refuse(r"z\.jsonl, line 2: no JSON object with a string text", empty)
     with pytest.raises(DataError, match="max_tokens >= 16"):
         EncodeConfig(max_tokens=4)
-    assert len(plan_tasks(source, CONFIG)) > 3
+    assert len(plan_tasks(source, CONFIG).tasks) > 3
+
+
+def test_one_file_of_many_documents_becomes_many_shards(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    source.mkdir()
+    texts = [f"document {i} says {' '.join(str(i * k) for k in range(30))}" for i in range(400)]
+    (source / "all.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in texts))
+    (source / "notes.xyz").touch()
+    config = EncodeConfig(max_tokens=2048, heldout=0.1, shard_bytes=8_000, text_vocab=400)
+    plan = plan_tasks(source, config)
+    assert len(plan.tasks) > 5 and plan.passed_over == {".xyz": 1}
+    list(encode_folder(source, tmp_path / "one", config))
+    list(encode_folder(source, tmp_path / "two", config, workers=2))
+    assert shards(tmp_path / "one") == shards(tmp_path / "two")
+    dataset = Dataset.open(tmp_path / "one")
+    found = {
+        split: [dataset.composer.decode(tokens)[0][1] for _, _, tokens in dataset.documents(split)]
+        for split in dataset.splits
+    }
+    assert sorted([*found["train"], *found["heldout"]]) == sorted(texts) and 15 < len(found["heldout"]) < 80
+    # What is held out does not depend on where the parts of the file begin.
+    list(encode_folder(source, tmp_path / "big", dataclasses.replace(config, shard_bytes=10**6)))
+    big = Dataset.open(tmp_path / "big")
+    assert sorted(found["heldout"]) == sorted(big.composer.decode(t)[0][1] for _, _, t in big.documents("heldout"))
+
+
+def test_webdataset_tars_of_pictures(tmp_path: Path) -> None:
+    webdataset = pytest.importorskip("webdataset")
+    source = tmp_path / "source"
+    source.mkdir()
+    rng = np.random.default_rng(0)
+    pictures = rng.integers(0, 256, (60, 8, 8, 3), dtype=np.uint8)
+    for number in range(2):
+        with webdataset.TarWriter(str(source / f"{number}.tar")) as tar:
+            for i in range(number * 30, number * 30 + 30):
+                buffer = io.BytesIO()
+                Image.fromarray(pictures[i]).save(buffer, format="PNG")
+                png = buffer.getvalue() if i != 17 else b"broken"
+                tar.write({"__key__": f"k{i}", "png": png, "txt": f"caption {i}", "json": {"i": i}})
+    config = EncodeConfig(
+        max_tokens=64, heldout=0.2, text_vocab=300, image_side=8, patch=2, image_codes=32, skip_bad=True
+    )
+    out = tmp_path / "out"
+    with pytest.raises(DataError, match=r"0\.tar/k17\.png is no picture"):
+        list(encode_folder(source, out, dataclasses.replace(config, skip_bad=False)))
+    list(encode_folder(source, out, config))
+    dataset = Dataset.open(out)
+    assert dataset.vocabulary.modalities == ("text", "image") and set(dataset.splits) == {"train", "heldout"}
+    names = []
+    for split in dataset.splits:
+        for _, meta, tokens in dataset.documents(split):
+            i = int(meta["file"].split("/k")[1].split(".")[0])
+            names.append(i)
+            spans = dict(dataset.composer.decode(tokens))
+            assert spans["text"] == f"caption {i}"
+            assert np.abs(spans["image"].astype(int) - pictures[i]).mean() < 60  # in colour: of noise, by 32 codes
+    assert sorted(names) == [i for i in range(60) if i != 17]
+    (entry,) = [json.loads(line) for path in out.glob("*.skipped.jsonl") for line in path.read_text().splitlines()]
+    assert entry["file"] == "0.tar" and "0.tar/k17.png is no picture" in entry["reason"]
+    run = CliRunner().invoke(
+        data, ["encode", str(source), str(tmp_path / "cli"), "--like", str(out), "--skip-bad", "--heldout", "0.2"]
+    )
+    assert run.exit_code == 0 and "1 documents were left out" in run.output
+    assert "image: patch-kmeans, 32 codes, 8x8 pixels in colour" in run.output and "heldout: " in run.output
+
+
+ORPHANS = """
+import os, sys, time
+from pathlib import Path
+from polylepis.data import encode
+config = encode.EncodeConfig(text_vocab=300, shard_bytes=1)
+for _ in encode.encode_folder(Path(sys.argv[1]), Path(sys.argv[2]), config, workers=2):
+    print("one", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_workers_end_with_the_process_that_started_them(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    source.mkdir()
+    for i in range(4):
+        (source / f"{i}.txt").write_text("words to read " * 50)
+    process = subprocess.Popen(
+        [sys.executable, "-c", ORPHANS, str(source), str(tmp_path / "out")],
+        stdout=subprocess.PIPE,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == b"one\n"
+    children = psutil.Process(process.pid).children(recursive=True)
+    assert len(children) >= 3, "two workers and what starts them"
+    process.kill()
+    process.wait()
+    process.stdout.close()
+    _, alive = psutil.wait_procs(children, timeout=20)
+    assert alive == []

@@ -12,9 +12,10 @@ import torch
 
 from polylepis.data.codecs import Codec, HubSpeech, load_codec
 from polylepis.data.dataset import Dataset
-from polylepis.data.encode import EncodeConfig, encode_folder
+from polylepis.data.encode import encode_folder
 from polylepis.data.errors import DataError
 from polylepis.data.preview import write_preview
+from polylepis.data.tasks import EncodeConfig
 
 transformers = pytest.importorskip("transformers")
 WAVE = (np.random.default_rng(0).standard_normal(24000) * 3000).astype(np.int16)

@@ -12,9 +12,10 @@ from PIL import Image
 
 from polylepis.data.codecs import Codec, GivenLatents, HubImage, HubLatents, load_codec, open_picture_model
 from polylepis.data.dataset import Dataset
-from polylepis.data.encode import EncodeConfig, encode_folder
+from polylepis.data.encode import encode_folder
 from polylepis.data.errors import DataError
 from polylepis.data.preview import write_preview
+from polylepis.data.tasks import EncodeConfig
 
 SHAPE = (16, 24)
 PICTURE = np.random.default_rng(0).integers(0, 256, (*SHAPE, 3)).astype(np.uint8)

@@ -22,7 +22,7 @@ from polylepis.data.codecs import ByteCodec, Codec, GivenLatents
 from polylepis.data.commands import data
 from polylepis.data.compose import Composer
 from polylepis.data.dataset import Dataset
-from polylepis.data.encode import EncodeConfig, encode_folder
+from polylepis.data.encode import encode_folder
 from polylepis.data.errors import BadSampleError, DataError
 from polylepis.data.index import ShardIndex, index_path
 from polylepis.data.latents import LatentFormat, most_in_a_row, parse_member, to_bits, to_float, to_member
@@ -33,6 +33,7 @@ from polylepis.data.scan import scan_shard
 from polylepis.data.shards import Sample, ShardWriter
 from polylepis.data.share import same_everywhere
 from polylepis.data.stream import Step, Stream, StreamConfig
+from polylepis.data.tasks import EncodeConfig
 from polylepis.data.tokenizer import TextTokenizer
 from polylepis.data.vocabulary import Vocabulary
 from ranks import run_ranks

@@ -13,11 +13,12 @@ from hypothesis import strategies as st
 from polylepis.data.codecs import ByteCodec, Codec, SeriesCodec, load_codec
 from polylepis.data.commands import data
 from polylepis.data.dataset import Dataset
-from polylepis.data.encode import EncodeConfig, encode_folder
+from polylepis.data.encode import encode_folder
 from polylepis.data.errors import DataError
+from polylepis.data.media import read_series
 from polylepis.data.preview import hex_dump, write_preview
-from polylepis.data.sources import read_series
 from polylepis.data.stream import Stream, StreamConfig
+from polylepis.data.tasks import EncodeConfig
 
 
 @given(st.binary(min_size=1, max_size=300))
@@ -116,7 +117,7 @@ def test_what_a_folder_of_bytes_and_series_becomes(source: Path, encoded: Path) 
     assert packets == {path.name: path.read_bytes() for path in source.glob("*.pcap")}
     assert len(columns) == 8, "the dates are no series"
     for (file, column), pieces in columns.items():
-        expected = read_series(source / file)[column]
+        expected = read_series((source / file).read_bytes(), file)[column]
         found = np.concatenate(pieces)
         assert np.array_equal(np.isnan(found), np.isnan(expected)) and np.isnan(expected).any() == (column == "heat")
         assert np.nanmax(np.abs(found - expected)) < 0.4  # of a range of 200, by 4,096 bins of the mu law
@@ -163,9 +164,4 @@ def test_refusals(tmp_path: Path) -> None:
     ):
         (tmp_path / "x.csv").write_text(content)
         with pytest.raises(DataError, match=rf"x\.csv.*{message}"):
-            read_series(tmp_path / "x.csv")
-    (tmp_path / "x.csv").unlink()
-    (tmp_path / "y.pcap").write_bytes(b"")
-    (tmp_path / "z.md").write_text("words " * 100)
-    with pytest.raises(DataError, match=r"y\.pcap is empty"):
-        list(encode_folder(tmp_path, tmp_path.parent / "refused", CONFIG))
+            read_series((tmp_path / "x.csv").read_bytes(), "x.csv")

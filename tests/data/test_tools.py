@@ -91,10 +91,30 @@ def test_commands(small: Path, tmp_path: Path) -> None:
         ("a", Source(1.0, "x/a")),
         ("a'", Source(2.0, "y/a", "t")),
     ]
+    assert parse_sources(["day=1/s", "s3://b/day=2/t=2.5"]) == {
+        "s": Source(1.0, "day=1/s"),
+        "t": Source(2.5, "s3://b/day=2/t"),
+    }
+    begun = tmp_path / "begun"
+    begun.mkdir()
+    (begun / "encode.json").touch()
+    with pytest.raises(DataError, match=r"begun is no data set: manifest\.json is missing; go on with: polylepis data"):
+        Dataset.open(begun)
+
+
+def test_epochs_of_a_forecast_are_documents_read(small: Path) -> None:
+    config = StreamConfig(str(small), global_batch=4, micro_batch=1, window=64, seq_len=512)
+    cluster = {"dp_size": 1, "ranks_per_node": 1, "cache_bytes": 10**9}
+    split = Dataset.open(small).split("train")
+    plan = PackPlan(split.lengths, seq_len=512, window=64, seed=config.seed)
+    order = [pack for epoch in range(2) for window in range(plan.n_windows) for pack in plan.packs(epoch, window)]
+    for steps in (1, 5, 17, 40):
+        (epochs,) = simulate(config, steps=steps, **cluster).epochs.values()
+        assert epochs == pytest.approx(sum(map(len, order[: steps * 4])) / len(split.lengths))
 
 
 def test_a_preview_shows_pictures_and_sounds(small: Path, tmp_path: Path) -> None:
-    page = tmp_path / "p.html"
+    page = tmp_path / "new" / "p.html"
     result = CliRunner().invoke(data, ["preview", str(small), "--out", str(page), "--samples", "30", "--packs", "5"])
     assert result.exit_code == 0, result.output
     svg = tmp_path / "p.svg"
