@@ -14,7 +14,7 @@ import os
 import sys
 import tempfile
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,18 @@ def run_ranks(world_size: int, function: Callable[..., Any], *args: Any, timeout
     """
     with Ranks(world_size, function, *args) as ranks:
         return ranks.results(timeout)
+
+
+def forked_workers(n_processes: int, arguments: Sequence[str], module: str = "polylepis.pretrain.train") -> None:
+    """`pretrain.spawn.run_workers` on forked ranks: without the four seconds that each process of torchrun imports."""
+    codes = run_ranks(n_processes, run_main, module, list(arguments))
+    assert codes == [0] * n_processes, f"{module} {' '.join(arguments)} ended with {codes}"
+
+
+def run_main(module: str, arguments: list[str]) -> int:
+    """The exit code of a worker module on this rank."""
+    code: int = importlib.import_module(module).main(arguments)
+    return code
 
 
 class Ranks:

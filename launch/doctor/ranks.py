@@ -24,6 +24,7 @@ from .report import Check, Report, Status, Thresholds, compare_facts, table
 
 MIB = 2**20
 PINGS = 8
+SHOWN_LATE = 10.0  # seconds after which a network file system may show what another node wrote
 
 
 @dataclass(frozen=True)
@@ -231,7 +232,7 @@ def check_folder_shared(ranks: Ranks, folder: Path) -> tuple[Check, set[str]]:
         folder.mkdir(parents=True, exist_ok=True)
         file.write_text(word[0])
     dist.broadcast_object_list(word, src=0)
-    end = time.monotonic() + 10  # network file systems may show it late
+    end = time.monotonic() + SHOWN_LATE
     while not (seen := _reads(file, word[0])) and time.monotonic() < end:
         time.sleep(0.2)
     blind = [rank for rank, saw in enumerate(ranks.gather(seen)) if not saw]

@@ -115,21 +115,21 @@ def test_train_through_torchrun(tmp_path: Path) -> None:
     run_ranks(2, train, replace(load_config(str(folder)), folder=str(folder)))
     assert (folder / "metrics.jsonl").read_text() == before
     (folder / "checkpoints" / "step-00000002" / "__0_0.distcp").write_bytes(b"")
-    broken = run("train", str(folder), "train.steps=3", cwd=tmp_path)
+    broken = run("train", str(folder), "train.steps=3", "mesh.tp=1", cwd=tmp_path)
     assert broken.returncode == 2
     assert "__0_0.distcp: has 0 bytes, but was written with " in broken.stderr
     assert "polylepis: train stopped: rank" in broken.stderr
 
 
 def test_an_interrupted_command_saves_and_says_how_to_go_on(tmp_path: Path) -> None:
-    """Ctrl-C reaches the command alone: torchrun's workers have sessions of their own."""
+    """Ctrl-C reaches the command alone: torchrun's workers, here one, have sessions of their own."""
     script = (
         "import sys; from polylepis.pretrain import shrink as s; "
         "real = s.shrink; s.shrink = lambda c, *a: real(c, 100000); "
         "from polylepis.launch.cli import main; sys.exit(main(sys.argv[1:]))"
     )
     metrics = tmp_path / "runs" / "quickstart-shrunk" / "metrics.jsonl"
-    command = [sys.executable, "-c", script, "train", "quickstart", "--shrink"]
+    command = [sys.executable, "-c", script, "train", "quickstart", "--shrink", "mesh.tp=1"]
     with subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True) as process:
         while process.poll() is None and not (metrics.is_file() and len(metrics.read_text().splitlines()) > 2):
             time.sleep(0.2)

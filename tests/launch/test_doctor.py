@@ -158,6 +158,7 @@ def examine_with_a_fault(config: RunConfig, folder: Path, fault: str) -> Report:
         dist.all_reduce = wrong
     if rank == 1 and fault == "folder":
         folder = folder / "another"
+        ranks_module.SHOWN_LATE = 1.0
     if rank == 1 and fault == "clock":
         import time
 

@@ -23,8 +23,9 @@ from polylepis.pretrain.shrink import shrink
 
 
 def small(folder: Path, steps: int, health: HealthConfig | None = None, *, tp: int = 1, **changes: Any) -> RunConfig:
-    """The quickstart's structure on mock data, on two processes: tp 2, or else two shards."""
+    """The quickstart with one layer of each kind, on mock data, on two processes: tp 2, or else two shards."""
     config = replace(shrink(load_config("quickstart"), steps), folder=str(folder))
+    config = replace(config, model=replace(config.model, pattern="M*-E"))
     mesh = replace(config.mesh, tp=tp, dp_shard=2 // tp)
     optim = replace(config.optim, warmup=0)
     train = replace(config.train, **changes)

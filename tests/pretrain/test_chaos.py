@@ -91,7 +91,7 @@ def test_any_rank_killed_at_any_step_again_and_again(seed: int, tmp_path: Path, 
 @pytest.mark.parametrize("pp", [1, pytest.param(2, marks=chaos)])
 def test_a_stopped_rank_is_a_hang_with_a_name(pp: int, tmp_path: Path, faultless: Path) -> None:
     """SIGSTOP on rank 1: rank 0 dumps stacks and collectives, names rank 1 and ends; a restart resumes."""
-    health = HealthConfig(hang_seconds=8.0, slow_seconds=120.0, straggler="off")
+    health = HealthConfig(hang_seconds=4.0, slow_seconds=120.0, straggler="off")
     with pytest.raises(AssertionError, match="rank 0 died without an answer"):
         run_ranks(2, train_with, run_of(tmp_path, health, pp=pp), Fault("stop", 1, (4,)), timeout=200)
     (event,) = [event for event in read_events(tmp_path) if event["guard"] == "hang"]

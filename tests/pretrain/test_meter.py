@@ -161,7 +161,7 @@ def test_the_sampler_tells_waiting_from_work() -> None:
 
 
 def test_a_window_is_opened_on_a_running_job(tmp_path: Path) -> None:
-    config = small(tmp_path, 12)
+    config = small(tmp_path, 24)
     with pytest.raises(ConfigError, match="not a run folder"):
         ask(tmp_path, 2, True)
     asked: list[Any] = []
@@ -184,7 +184,7 @@ def test_a_window_is_opened_on_a_running_job(tmp_path: Path) -> None:
     with gzip.open(traces[0]) as file:
         names = {event.get("name", "") for event in json.load(file)["traceEvents"]}
     assert any("gloo:" in name or "all_gather" in name for name in names)
-    assert not asked[0].exists() and len(read_metrics(tmp_path)) == 12
+    assert not asked[0].exists() and len(read_metrics(tmp_path)) == 24
 
 
 def test_every_sink_goes_back_with_a_rollback(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

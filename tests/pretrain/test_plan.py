@@ -15,12 +15,14 @@ from polylepis.parallel.mesh import MeshConfig
 from polylepis.parallel.pipeline.config import PipelineConfig
 from polylepis.parallel.pipeline.cost import Roofline
 from polylepis.parallel.pipeline.devices import GIB, find_device
+from polylepis.pretrain import spawn
 from polylepis.pretrain.config import RunConfig, load_config, plan_sizes, recipe_names
 from polylepis.pretrain.errors import ConfigError
 from polylepis.pretrain.plan import crowd, measure
 from polylepis.pretrain.plan.estimate import Assumptions, estimate
 from polylepis.pretrain.plan.picture import page, save_timeline
 from polylepis.pretrain.plan.search import fit_recompute, overrides, search, why_not
+from ranks import forked_workers
 
 H200 = Roofline(find_device("h200"))
 
@@ -213,8 +215,13 @@ def test_recipes_rehearse(recipe: str, gpus: int) -> None:
     assert main(["rehearse", recipe, "--gpus", str(gpus)]) == 0
 
 
-def test_rehearsal_of_a_small_plan(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("workers", ["forked", pytest.param("started", marks=pytest.mark.full)])
+def test_rehearsal_of_a_small_plan(
+    workers: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
     """Both halves with real processes: two pipeline stages, a checkpoint, and on from it."""
+    if workers == "forked":
+        monkeypatch.setattr(spawn, "run_workers", forked_workers)
     config = tmp_path / "small.yaml"
     config.write_text(
         "name: small\nfolder: runs/small\n"

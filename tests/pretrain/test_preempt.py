@@ -59,13 +59,22 @@ def train_and_ask(config: RunConfig, rank: int, step: int, how: str) -> int:
     return step_of(newest)
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run that nobody asked to stop."""
+    folder = tmp_path_factory.mktemp("whole")
+    run_ranks(2, train, tiny(folder, 4))
+    assert read_outcome(folder) == "done 4"
+    return folder
+
+
 @pytest.mark.parametrize(
     ("how", "rank", "reason"), [("SIGTERM", 1, "requeue"), ("SIGUSR1", 0, "requeue"), ("marker", 0, "end")]
 )
-def test_asked_to_stop_saves_and_resumes_to_the_same_bits(how: str, rank: int, reason: str, tmp_path: Path) -> None:
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
-    run_ranks(2, train, tiny(whole, 4))
-    assert read_outcome(whole) == "done 4"
+def test_asked_to_stop_saves_and_resumes_to_the_same_bits(
+    how: str, rank: int, reason: str, whole: Path, tmp_path: Path
+) -> None:
+    parts = tmp_path / "parts"
     assert run_ranks(2, train_and_ask, tiny(parts, 4), rank, 2, how) == [2, 2]
     assert read_outcome(parts) == f"stopped {reason} 2"
     assert not (parts / "lock.json").exists() and not (parts / "launch" / "stop").exists()

@@ -23,14 +23,14 @@ from polylepis.pretrain import verify as verify_module
 from polylepis.pretrain.config import RunConfig, load_config
 from polylepis.pretrain.errors import ConfigError
 from polylepis.pretrain.verify import Measurement, certificate, compare, measure, verification
-from ranks import run_ranks
+from ranks import forked_workers, run_ranks
 
 
 def plan(**axes: int) -> RunConfig:
     mesh = MeshConfig(**{"dp_shard": 1, **axes})
     context = ContextConfig(mamba="state", attention="gather")
-    world = mesh.n_processes
-    return verification(replace(load_config("quickstart"), mesh=mesh, context=context), world)
+    config = load_config("quickstart", ["model.pattern=M*-E"])
+    return verification(replace(config, mesh=mesh, context=context), mesh.n_processes)
 
 
 def measured(config: RunConfig, fault: str = "") -> Measurement:
@@ -152,15 +152,21 @@ def test_plan_keeps_its_axes() -> None:
         verification(load_config("mamba2-hybrid-8b", ["mesh={tp: 8, cp: 4, dp_shard: 1}"]), 32)
 
 
-def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("workers", ["forked", pytest.param("started", marks=pytest.mark.full)])
+def test_the_command(workers: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    if workers == "forked":
+        monkeypatch.setattr(verify_module, "run_workers", forked_workers)
     assert main(["verify", "quickstart", "mesh={tp: 1, cp: 2, dp_shard: 1}"]) == 0
     output = capsys.readouterr().out
     assert "cp 2 × tp 1" in output and output.strip().endswith("verdict: equal")
     assert output.count(" ok") == 9
 
 
-def test_the_command_with_stages_and_recompute(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_with_stages_and_recompute(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Experts are replayed though the forwards of stages interleave and layers are run again."""
+    monkeypatch.setattr(verify_module, "run_workers", forked_workers)
     options = ["mesh={pp: 2, dp_shard: 1}", "model.pattern=ME*E", "pipeline.schedule=interleaved"]
     recompute = "recompute={mamba: full, attention: selective, moe: full}"
     assert main(["verify", "quickstart", *options, recompute]) == 0
