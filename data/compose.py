@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -91,24 +92,20 @@ class Composer:
         Specials are dropped, reading stops at eos, and a span ends where the modality changes: also a sequence that a
         half-trained model generated can be read.
         """
-        table = self.vocabulary.modality_table()
-        spans: list[tuple[str, list[int]]] = []
-        fresh = True
-        for token in np.asarray(tokens, dtype=np.int64).tolist():
-            if token == Vocabulary.EOS:
-                break
-            if not 0 <= token < self.vocabulary.size:
-                raise DataError(f"token {token} is outside 0..{self.vocabulary.size - 1}")
-            modality = self.vocabulary.modalities[table[token]]
-            ids = self.vocabulary.range_of(modality)
-            if token not in ids:
-                fresh = True
-                continue
-            if fresh or spans[-1][0] != modality:
-                spans.append((modality, []))
-            fresh = False
-            spans[-1][1].append(token - ids.start)
-        return [(modality, np.array(codes, dtype=np.int64)) for modality, codes in spans]
+        array = np.asarray(tokens, dtype=np.int64).reshape(-1)
+        array = array[: np.argmax(array == Vocabulary.EOS)] if (array == Vocabulary.EOS).any() else array
+        outside = array[(array < 0) | (array >= self.vocabulary.size)]
+        if outside.size:
+            raise DataError(f"token {outside[0]} is outside 0..{self.vocabulary.size - 1}")
+        starts = np.array([self.vocabulary.range_of(modality).start for modality in self.vocabulary.modalities])
+        owner = np.searchsorted(starts, array, side="right") - 1
+        owner[array >= self.vocabulary.used] = -1
+        begins = np.flatnonzero(np.diff(owner, prepend=-1))
+        return [
+            (self.vocabulary.modalities[owner[begin]], array[begin:end] - starts[owner[begin]])
+            for begin, end in itertools.pairwise([*begins.tolist(), len(array)])
+            if owner[begin] >= 0
+        ]
 
     def decode(
         self, tokens: Sequence[int] | np.ndarray, latents: np.ndarray | None = None

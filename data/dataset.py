@@ -291,6 +291,7 @@ class Dataset:
             if sha256_file(self.path / name) != entry["sha256"]:
                 raise DataError(f"{self.path / name}: sha256 differs from the manifest")
         seen: set[bytes] = set()
+        table = self.vocabulary.modality_table()
         for split_name, shards in self.manifest["splits"].items():
             split = self.splits[split_name]
             start = 0
@@ -312,16 +313,16 @@ class Dataset:
                     raise DataError(f"{tar}: duplicate key {min(keys & seen).decode()!r} also in another shard")
                 seen |= keys
                 for i in range(start, start + len(scanned)):
-                    self._check_sample(split, i)
+                    self._check_sample(split, i, table)
                 start += len(scanned)
                 yield shard["name"], len(scanned)
 
-    def _check_sample(self, split: Split, sample: int) -> None:
+    def _check_sample(self, split: Split, sample: int, table: np.ndarray) -> None:
         where = f"{split.files.paths[int(split.shard[sample])].name}: {split.key(sample)!r}"
         tokens, meta = split.tokens(sample), split.meta(sample)
         if tokens.max() >= self.vocabulary.used:
             raise DataError(f"{where}: token {tokens.max()} is outside the vocabulary of {self.vocabulary.used}")
-        counts = np.bincount(self.vocabulary.modality_table()[tokens], minlength=len(self.vocabulary.modalities))
+        counts = np.bincount(table[tokens], minlength=len(self.vocabulary.modalities))
         if not np.array_equal(counts, split.modality_lengths[sample]):
             raise DataError(f"{where}: tokens per modality {counts.tolist()} differ from the index")
         spans = self.composer.spans(tokens)
