@@ -19,7 +19,7 @@ from .inputs import (
     resolve_seq_idx,
     segment_numbers,
 )
-from .operators import refusal, scan_step, segment_code, triton_chunks, triton_scan
+from .operators import refusal, scan_step, segment_code, triton_chunk, triton_scan
 
 
 def ssd(
@@ -85,7 +85,7 @@ def ssd(
             dt, dt_bias = dt.to(dtype) + dt_bias.to(dtype), None
         y, final = triton_scan(
             *(x, dt, A, dt_bias, B, C, D, initial_states, segment_code(seq_idx)),
-            chunks=triton_chunks(x, B, C, chunk_size),
+            chunk=triton_chunk(x, chunk_size),
             discretise=True,
             softplus=dt_softplus,
             dt_limit=(float(dt_limit[0]), float(dt_limit[1])),
@@ -136,7 +136,7 @@ def ssd_core(
         check_core(x, B, D, initial_states, chunk_size)
         y, final = triton_scan(
             *(x, log_decay, scale, None, B, C, D, initial_states, segment_code(seq_idx)),
-            chunks=triton_chunks(x, B, C, chunk_size),
+            chunk=triton_chunk(x, chunk_size),
             discretise=False,
             save_states=save_states,
         )

@@ -22,7 +22,7 @@ from .inputs import (
     resolve_seq_idx,
 )
 from .mixer_operators import mixer_forward
-from .operators import refusal, segment_code, triton_chunks
+from .operators import refusal, segment_code, triton_chunk
 
 
 def ssd_mixer(
@@ -92,7 +92,7 @@ def ssd_mixer(
             *(x, B, C, dt, z, conv_weight, conv_bias, conv_state, run_code(runs, valid), A, dt_bias, D),
             *(initial_states, segment_code(seq_idx), norm_weight, n_groups, group, norm_eps, activation == "silu"),
             *(dt_softplus, float(dt_limit[0]), float(dt_limit[1])),
-            *triton_chunks(x4, B4, C4, chunk_size),
+            triton_chunk(x, chunk_size),
             save_states,
         )
     else:

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .operators import tokens_per_chunk
+
 TENSORS = 15  # arguments of the forward before its numbers
 
 
@@ -51,7 +53,6 @@ def mixer_forward(
     low: float,
     high: float,
     chunk: int,
-    back_chunk: int,
     save_states: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(out (b, l, h·p), final states, y and 1/rms before the norm, convolved x|B|C, cs, scale, entering states).
@@ -66,7 +67,7 @@ def mixer_forward(
     with torch.cuda.device_of(x):
         convolved, scan, cs, scale = triton_mixer.prepare(conv, decays, chunk)
         start = None if initial is None else initial.contiguous()
-        states, final, _ = triton_scan.pass_states(scan, cs, scale, start)
+        states, final = triton_scan.pass_states(scan, cs, scale, start)
         out = triton_scan.outputs(scan, cs, scale, states).view(x.shape)
         y, rstd = x.new_empty(0), cs.new_empty(0)
         if z is not None and norm_weight is not None:
@@ -102,11 +103,12 @@ def _(
     low: float,
     high: float,
     chunk: int,
-    back_chunk: int,
     save_states: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     (b, l, inner), h, state = x.shape, dt.shape[2], B.shape[2]
-    p, n, chunks = inner // h, state // groups, -(-l // chunk)
+    p, n = inner // h, state // groups
+    chunk = tokens_per_chunk(x.unflatten(-1, (h, p)), B.unflatten(-1, (groups, n)), C.unflatten(-1, (groups, n)), chunk)
+    chunks = -(-l // chunk)
     single = x.new_empty(0, dtype=torch.float32)
     y, rstd = x.new_empty(0), single.new_empty(0)
     if z is not None:
@@ -168,7 +170,7 @@ def mixer_backward(
             dout, _, dnorm = triton_norm.norm_backward(dout, None, y, z, norm_weight, rstd, group_size, dz)
         if states.numel() == 0:
             convolved, scan, cs, scale = triton_mixer.prepare(conv, decays, chunk)
-            states, _, _ = triton_scan.pass_states(scan, cs, scale, start)
+            states, _ = triton_scan.pass_states(scan, cs, scale, start)
         else:
             scan = triton_mixer.scan_of(convolved, x.shape[2], decays, chunk)
         dy = dout.unflatten(-1, (dt.shape[2], -1))
@@ -240,7 +242,7 @@ def _(
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    tensors, (groups, size, _, silu, softplus, low, high, _, chunk, _) = inputs[:TENSORS], inputs[TENSORS:]
+    tensors, (groups, size, _, silu, softplus, low, high, chunk, _) = inputs[:TENSORS], inputs[TENSORS:]
     ctx.numbers = (groups, size, silu, softplus, low, high, chunk)
     ctx.mark_non_differentiable(*output[2:])
     ctx.set_materialize_grads(False)
@@ -251,7 +253,7 @@ def _backward(ctx: Any, dout: Tensor | None, dfinal: Tensor | None, *_: Any) -> 
     tensors = ctx.saved_tensors
     x, B, _, dt, z, _, bias, conv_state, _, _, dt_bias, D, initial, _, norm_weight = tensors[:TENSORS]
     if dout is None and dfinal is None:
-        return (None,) * (TENSORS + 10)
+        return (None,) * (TENSORS + 9)
     dout = torch.zeros_like(x) if dout is None else dout
     buffer, ddt, dweight, dbias, dstate, dA, ddt_bias, dD, dinitial, dnorm = mixer_backward(
         dout, dfinal, *tensors, *ctx.numbers
@@ -264,7 +266,7 @@ def _backward(ctx: Any, dout: Tensor | None, dfinal: Tensor | None, *_: Any) -> 
     return (
         *(dx, dB, dC, own if _own(dt, x) else ddt, of(dz, z), dweight, of(dbias, bias), of(dstate, conv_state), None),
         *(dA, of(ddt_bias, dt_bias), of(dD, D), of(dinitial, initial), None, of(dnorm, norm_weight)),
-        *(None,) * 10,
+        *(None,) * 9,
     )
 
 

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from .inputs import segment_numbers
-from .triton_config import chunks_of
 
 LARGEST_HEAD, LARGEST_STATE = 128, 256
 
@@ -29,13 +28,19 @@ def refusal(tensors: dict[str, Tensor | None]) -> str | None:
     return None
 
 
-def triton_chunks(x: Tensor, B: Tensor, C: Tensor, chunk_size: int) -> tuple[int, int]:
-    """Tokens per chunk of the forward and the backward: the table's on a GPU; in the interpreter the power of two below
+def triton_chunk(x: Tensor, chunk_size: int) -> int:
+    """Tokens between two states: 0, which is the table's, on a GPU; in the interpreter the power of two up to
     chunk_size, at least 16."""
-    if x.is_cuda:
-        return chunks_of(torch.promote_types(torch.promote_types(x.dtype, B.dtype), C.dtype))
-    chunk = max(16, 1 << (chunk_size.bit_length() - 1))
-    return chunk, chunk
+    return 0 if x.is_cuda else max(16, 1 << (chunk_size.bit_length() - 1))
+
+
+def tokens_per_chunk(x: Tensor, B: Tensor, C: Tensor, chunk: int) -> int:
+    """What a chunk of 0 stands for; x (b, l, h, p), B and C (b, l, g, n), fake tensors as well."""
+    if chunk:
+        return chunk
+    from .triton_scan import configuration
+
+    return configuration(x, B, C).chunk
 
 
 def segment_code(seq_idx: Tensor | None) -> Tensor | None:
@@ -57,7 +62,7 @@ def triton_scan(
     initial: Tensor | None,
     code: Tensor | None,
     *,
-    chunks: tuple[int, int],
+    chunk: int,
     discretise: bool,
     softplus: bool = False,
     dt_limit: tuple[float, float] = (0.0, math.inf),
@@ -68,13 +73,13 @@ def triton_scan(
     Args:
         first, second: (dt (b, l, h), A (h,)) with ``discretise``, else (log_decay, scale), each (b, l, h).
         bias: (h,), added to dt. code: :func:`segment_code`.
-        chunks: tokens per chunk of the forward and the backward, powers of two >= 16; equal with ``save_states``.
+        chunk: tokens between two states, a power of two >= 16, or 0: the table's.
         save_states: keep the states that enter each chunk for the backward (b·l/chunk·h·p·n elements); otherwise the
             backward computes them again.
     """
     low, high = dt_limit
     y, final, _, _, _ = ssd_forward(
-        x, first, second, bias, B, C, D, initial, code, discretise, softplus, low, high, *chunks, save_states
+        x, first, second, bias, B, C, D, initial, code, discretise, softplus, low, high, chunk, save_states
     )
     return y, final
 
@@ -116,7 +121,6 @@ def ssd_forward(
     low: float,
     high: float,
     chunk: int,
-    back_chunk: int,
     save_states: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(y, final states, entering states, cs, scale), the last three empty unless saved; see :func:`triton_scan`."""
@@ -125,7 +129,7 @@ def ssd_forward(
     scan = _plan(x, first, second, bias, B, C, D, code, discretise, softplus, low, high, chunk)
     with torch.cuda.device_of(x):
         cs, scale = launches.decays(scan)
-        states, final, _ = launches.pass_states(scan, cs, scale, None if initial is None else initial.contiguous())
+        states, final = launches.pass_states(scan, cs, scale, None if initial is None else initial.contiguous())
         y = launches.outputs(scan, cs, scale, states)
     if not save_states:
         states, cs, scale = (cs.new_empty(0) for _ in range(3))
@@ -148,10 +152,10 @@ def _(
     low: float,
     high: float,
     chunk: int,
-    back_chunk: int,
     save_states: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     b, l, h, p = x.shape
+    chunk = tokens_per_chunk(x, B, C, chunk)
     n, chunks = B.shape[3], -(-l // chunk)
     dot = torch.promote_types(torch.promote_types(x.dtype, B.dtype), C.dtype)
     single = x.new_empty(0, dtype=torch.float32)
@@ -191,7 +195,7 @@ def ssd_backward(
     with torch.cuda.device_of(x):
         if states.numel() == 0:
             cs, scale = launches.decays(scan)
-            states, _, _ = launches.pass_states(scan, cs, scale, initial)
+            states, _ = launches.pass_states(scan, cs, scale, initial)
         grads = launches.gradients(scan, cs, scale, states, dy, dfinal)
     nothing = cs.new_empty(0)
     dbias, dD = (nothing if t is None else t for t in (grads.bias, grads.D))
@@ -225,7 +229,7 @@ def _(
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    tensors, ctx.flags = inputs[:9], (*inputs[9:13], inputs[14])
+    tensors, ctx.flags = inputs[:9], inputs[9:14]
     _, _, states, cs, scale = output
     ctx.mark_non_differentiable(states, cs, scale)
     ctx.set_materialize_grads(False)
@@ -234,7 +238,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> Non
 
 def _backward(ctx: Any, dy: Tensor | None, dfinal: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
     *tensors, states, cs, scale = ctx.saved_tensors
-    unused = (None,) * 7
+    unused = (None,) * 6
     if dy is None and dfinal is None:
         return (None,) * 9 + unused
     dy = torch.zeros_like(tensors[0]) if dy is None else dy

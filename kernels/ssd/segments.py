@@ -15,7 +15,7 @@ from torch import Tensor
 from ..operators import check_tensors, use_triton
 from .api import ssd_core
 from .inputs import accumulation_dtype, check_scan_shapes, expect_shape, resolve_seq_idx, segment_numbers
-from .operators import refusal, segment_code, ssd_backward, triton_chunks
+from .operators import refusal, segment_code, ssd_backward, tokens_per_chunk, triton_chunk
 
 
 class Segment(NamedTuple):
@@ -93,8 +93,7 @@ def summarise(
         options: dict[str, Any] = {"seq_idx": seq_idx, "chunk_size": chunk_size, "backend": "torch"}
         y, state = ssd_core(x, log_decay, scale, B, C, D=D, return_final_states=True, **options)
         return Segment(state, total), Kept(x, log_decay, scale, B, C, D, seq_idx, chunk_size, y, None, ())
-    # the chunk of a backward both ways: where S_in joins, larger tiles spill
-    code, (_, chunk) = segment_code(seq_idx), triton_chunks(x, B, C, chunk_size)
+    code, chunk = segment_code(seq_idx), triton_chunk(x, chunk_size)
     state, y, *tensors_kept = ssd_segment(x, log_decay, scale, B, C, D, code, chunk, save_states)
     return Segment(state, total), Kept(x, log_decay, scale, B, C, D, seq_idx, chunk, y, code, tuple(tensors_kept))
 
@@ -160,7 +159,7 @@ def ssd_segment(
     with torch.cuda.device_of(x):
         cs, steps = launches.decays(scan)
         reach = cs.new_empty(x.shape[0], x.shape[2], scan.chunks)
-        states, state, _ = launches.pass_states(scan, cs, steps, None, reach=reach)
+        states, state = launches.pass_states(scan, cs, steps, None, reach=reach)
     return state, x.new_zeros(1).expand(x.shape), states, reach, cs, steps
 
 
@@ -184,10 +183,10 @@ def _(
     save_states: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     b, l, h, p = x.shape
-    n, chunks = B.shape[3], -(-l // chunk)
+    n, chunks = B.shape[3], -(-l // tokens_per_chunk(x, B, C, chunk))
     single = x.new_empty(0, dtype=torch.float32)
     dot = torch.promote_types(torch.promote_types(x.dtype, B.dtype), C.dtype)
-    cs, steps = (single.new_empty(b, h, chunks * chunk) for _ in range(2))
+    cs, steps = (single.new_empty(b, h, chunks * tokens_per_chunk(x, B, C, chunk)) for _ in range(2))
     stand_in, states = x.new_empty(1).expand(x.shape), x.new_empty(b, chunks, h, p, n, dtype=dot)
     return single.new_empty(b, h, p, n), stand_in, states, single.new_empty(b, h, chunks), cs, steps
 

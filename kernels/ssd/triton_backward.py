@@ -10,7 +10,167 @@ kernel study, section 5.3): what must cancel, cancels.
 import triton
 import triton.language as tl
 
-from .triton_forward import chunk_segments, softplus
+from .triton_forward import chunk_segments, softplus, token_codes, token_columns, token_rows
+
+
+@triton.jit
+def visible(code, b, first, j, i, L, HAS_CODE: tl.constexpr):
+    """Whether output i (columns) sees input j (rows). An output at padding is a constant: its dy joins no sum."""
+    seen = i[None, :] >= j[:, None]
+    if HAS_CODE:
+        j_segment, _ = token_codes(code, b, first + j, L)
+        i_segment, i_real = token_codes(code, b, first + i, L)
+        seen = seen & (i_segment[None, :] == j_segment[:, None]) & i_real[None, :]
+    return seen
+
+
+@triton.jit
+def similarities(
+    b_rows, C_, code, b, first, j, i, n, L, N: tl.constexpr, C_l, HAS_CODE: tl.constexpr, DOT: tl.constexpr,
+):  # fmt: skip
+    """B_j·C_i where i sees j, else 0."""
+    columns = token_columns(C_, i, first + i < L, n, C_l, N, DOT)
+    similarity = tl.dot(b_rows, columns, input_precision="tf32x3")
+    return tl.where(visible(code, b, first, j, i, L, HAS_CODE), similarity, 0.0)
+
+
+@triton.jit
+def near_block(x_rows, dy_rows, similarity, dsimilarity, own, skip, since, until, scales, DOT: tl.constexpr):
+    """Inputs j against outputs i of their tile: (weights, dsimilarity, diagonal, column sums, row sums), the diagonal
+    x_j·dy_i, the sums without it."""
+    dweights = tl.dot(x_rows, tl.trans(dy_rows), input_precision="tf32x3")
+    diagonal = tl.sum(tl.where(own, dweights, 0.0), axis=1)
+    # similarity is zero where i does not see j, and dsimilarity is masked once, behind the loop
+    decay = tl.exp2(tl.minimum(until[None, :] - since[:, None], 0.0))
+    weights = similarity * decay
+    product = dweights * weights
+    columns = tl.sum(product, axis=1)
+    rows = tl.sum(product * scales[:, None], axis=0)
+    dsimilarity += dweights * decay * scales[:, None]
+    weights = weights * scales[:, None] + tl.where(own, skip[:, None], 0.0)
+    return weights.to(DOT), dsimilarity, diagonal, columns, rows
+
+
+@triton.jit
+def far_block(x_rows, dy_rows, similarity, dsimilarity, further, passed, DOT: tl.constexpr):
+    """Inputs j against outputs i of the next tile: (weights, dsimilarity, column sums, row sums); weights and column
+    sums lack what belongs to j."""
+    dweights = tl.dot(x_rows, tl.trans(dy_rows), input_precision="tf32x3") * further[None, :]
+    product = dweights * similarity
+    dsimilarity += dweights * passed[:, None]
+    rows = tl.sum(product * passed[:, None], axis=0)
+    return (similarity * further[None, :]).to(DOT), dsimilarity, tl.sum(product, axis=1), rows
+
+
+@triton.jit
+def dx_tile(
+    x, B, C_, D, dy, cs, scale, code, dleft, dx, dsim, drow, dfar, dcol, dscale, dskip, start, L, H, R,
+    P: tl.constexpr, N: tl.constexpr, C, Lp, x_b, x_l, x_h, B_b, B_l, B_g, C_b, C_l, C_g, dy_b, dy_l, dy_h, HEADS,
+    FAR: tl.constexpr, HAS_D: tl.constexpr, HAS_CODE: tl.constexpr, STAGES: tl.constexpr, Q: tl.constexpr,
+    ROWS: tl.constexpr, BP: tl.constexpr, BN: tl.constexpr, DOT: tl.constexpr,
+):  # fmt: skip
+    """The ROWS tokens j from ``start`` on against the outputs i of their tile; with FAR those of the next one as well.
+
+    What passes from one tile to the next is factorised at the last token of the first, as in the forward. The outputs
+    come in blocks of half a tile, which leaves registers.
+    """
+    HALF: tl.constexpr = ROWS // 2
+    c, b = (tl.program_id(0) // (Q // ROWS)).to(tl.int64), tl.program_id(2).to(tl.int64)
+    h_first = tl.program_id(1) * HEADS
+    g = (h_first // R).to(tl.int64)
+    j = start + tl.arange(0, ROWS)
+    i_1 = start + tl.arange(0, HALF)
+    i_2, i_3, i_4 = i_1 + HALF, i_1 + ROWS, i_1 + ROWS + HALF
+    p, n = tl.arange(0, BP), tl.arange(0, BN)
+    first = c * Q
+    B += b * B_b + g * B_g + first * B_l
+    C_ += b * C_b + g * C_g + first * C_l
+    j_in = first + j < L
+    j_real, kept = j_in, j_in
+    if HAS_CODE:
+        _, last = chunk_segments(code, b, c, L, Q)
+        segment, j_real = token_codes(code, b, first + j, L)
+        kept = segment == last
+    b_rows = token_rows(B, j, j_in, n, B_l, N, DOT)
+    sim_1 = similarities(b_rows, C_, code, b, first, j, i_1, n, L, N, C_l, HAS_CODE, DOT)
+    sim_2 = similarities(b_rows, C_, code, b, first, j, i_2, n, L, N, C_l, HAS_CODE, DOT)
+    # The diagonal, often the largest entry, cancels in d(cs) by itself; leaving it in would leave its rounding error.
+    own_1, own_2 = i_1[None, :] == j[:, None], i_2[None, :] == j[:, None]
+    unit = tl.sum(tl.where(own_1, sim_1, 0.0), axis=1) + tl.sum(tl.where(own_2, sim_2, 0.0), axis=1)
+    sim_1, sim_2 = tl.where(own_1, 0.0, sim_1), tl.where(own_2, 0.0, sim_2)
+    dsim_1, dsim_2 = tl.zeros((ROWS, HALF), dtype=tl.float32), tl.zeros((ROWS, HALF), dtype=tl.float32)
+    if FAR:
+        sim_3 = similarities(b_rows, C_, code, b, first, j, i_3, n, L, N, C_l, HAS_CODE, DOT)
+        sim_4 = similarities(b_rows, C_, code, b, first, j, i_4, n, L, N, C_l, HAS_CODE, DOT)
+        dsim_3, dsim_4 = tl.zeros((ROWS, HALF), dtype=tl.float32), tl.zeros((ROWS, HALF), dtype=tl.float32)
+    for r in tl.range(0, HEADS, num_stages=STAGES):
+        h = (h_first + r).to(tl.int64)
+        line = (b * H + h) * Lp + first
+        scales, since = tl.load(scale + line + j), tl.load(cs + line + j)
+        until = tl.load(cs + line + Q - 1)
+        dy_head = dy + b * dy_b + h * dy_h + first * dy_l
+        x_rows = token_rows(x + b * x_b + h * x_h + first * x_l, j, j_in, p, x_l, P, DOT)
+        dy_1 = token_rows(dy_head, i_1, first + i_1 < L, p, dy_l, P, DOT)
+        dy_2 = token_rows(dy_head, i_2, first + i_2 < L, p, dy_l, P, DOT)
+        cell = p[None, :] * N + n[:, None]
+        in_state = (p < P)[None, :] & (n < N)[:, None]
+        left = tl.load(dleft + ((b * C + c) * H + h) * P * N + cell, mask=in_state, other=0.0).to(DOT)
+        du = tl.dot(b_rows, left, input_precision="tf32x3")
+        if FAR:
+            middle = tl.load(cs + line + ROWS - 1)
+            reach = tl.exp2(tl.minimum(middle - since, 0.0))
+            passed = reach * scales
+            du = du * tl.where(kept, tl.exp2(tl.minimum(until - middle, 0.0)), 0.0)[:, None]
+            dy_3 = token_rows(dy_head, i_3, first + i_3 < L, p, dy_l, P, DOT)
+            further = tl.exp2(tl.minimum(tl.load(cs + line + i_3) - middle, 0.0))
+            weights, dsim_3, shares, rows = far_block(x_rows, dy_3, sim_3, dsim_3, further, passed, DOT)
+            tl.store(dfar + line + i_3, rows)
+            du = tl.dot(weights, dy_3, du, input_precision="tf32x3")
+            dy_4 = token_rows(dy_head, i_4, first + i_4 < L, p, dy_l, P, DOT)
+            further = tl.exp2(tl.minimum(tl.load(cs + line + i_4) - middle, 0.0))
+            weights, dsim_4, more, rows = far_block(x_rows, dy_4, sim_4, dsim_4, further, passed, DOT)
+            tl.store(dfar + line + i_4, rows)
+            du = tl.dot(weights, dy_4, du, input_precision="tf32x3") * passed[:, None]
+            shares = (shares + more) * reach
+        else:
+            du = du * tl.where(kept, tl.exp2(tl.minimum(until - since, 0.0)) * scales, 0.0)[:, None]
+        skip = unit * scales
+        if HAS_D:
+            # D joins the diagonal of the weights, and dD sums the diagonal of the products x_j·dy_i
+            skip += tl.where(j_real, tl.load(D + h).to(tl.float32), 0.0)
+        weights, dsim_1, diagonal, columns, rows = near_block(
+            x_rows, dy_1, sim_1, dsim_1, own_1, skip, since, tl.load(cs + line + i_1), scales, DOT
+        )
+        tl.store(drow + line + i_1, rows)
+        du = tl.dot(weights, dy_1, du, input_precision="tf32x3")
+        weights, dsim_2, traces, shares_2, rows = near_block(
+            x_rows, dy_2, sim_2, dsim_2, own_2, skip, since, tl.load(cs + line + i_2), scales, DOT
+        )
+        tl.store(drow + line + i_2, rows)
+        du = tl.dot(weights, dy_2, du, input_precision="tf32x3")
+        diagonal, columns = diagonal + traces, columns + shares_2
+        if FAR:
+            columns += shares
+        tl.store(dcol + line + j, columns * scales)
+        tl.store(dscale + line + j, columns + diagonal * unit)
+        if HAS_D:
+            tl.store(dskip + line + j, diagonal)
+        place = ((b * L + first) * H + h) * P + j[:, None] * (H * P) + p[None, :]
+        tl.store(dx + place, du.to(dx.dtype.element_ty), mask=j_in[:, None] & (p < P)[None, :])
+    split = (h_first % R) // HEADS
+    table = dsim + (((split * tl.num_programs(2) + b) * (H // R) + g) * Lp + first) * Q + j[:, None] * Q
+    store_seen(table, dsim_1, code, b, first, j, i_1, L, HAS_CODE)
+    store_seen(table, dsim_2, code, b, first, j, i_2, L, HAS_CODE)
+    if FAR:
+        store_seen(table, dsim_3, code, b, first, j, i_3, L, HAS_CODE)
+        store_seen(table, dsim_4, code, b, first, j, i_4, L, HAS_CODE)
+
+
+@triton.jit
+def store_seen(table, values, code, b, first, j, i, L, HAS_CODE: tl.constexpr):
+    """Write values where i sees j, else 0, to the columns i of the rows j."""
+    values = tl.where(visible(code, b, first, j, i, L, HAS_CODE), values, 0.0)
+    tl.store(table + i[None, :], values.to(table.dtype.element_ty))
 
 
 @triton.jit
@@ -25,16 +185,17 @@ def dx_kernel(
     code,
     dleft,  # (b, C, H, P, N): gradients of the states that leave each chunk
     dx,  # (b, L, H, P), contiguous
-    dsim,  # (SPLITS, b, G, Lp, Q): gradient of B_j·C_i, row j, column i
-    drow,  # (Q // ROWS, b, H, Lp) float32: row sums, a partial per tile of j
+    dsim,  # (SPLITS, b, G, Lp, Q): gradient of B_j·C_i, row j, column i; tiles below a chunk's diagonal stay unwritten
+    drow,  # (b, H, Lp) float32: row sums over the j of the own tile
+    dfar,  # (b, H, Lp) float32: row sums over the j of the tile before, for the second tile of a chunk
     dcol,  # (b, H, Lp) float32: column sums
     dscale,  # (b, H, Lp) float32: column sums with the diagonal, per unit of scale
-    dskip,  # (b, C · Q // ROWS, H) float32: partials of dD
+    dskip,  # (b, H, Lp) float32: x_j·dy_j, what each token gives to dD
     L,
     H,
     R,
-    P,
-    N,
+    P: tl.constexpr,
+    N: tl.constexpr,
     C,
     Lp,
     x_b,
@@ -52,189 +213,178 @@ def dx_kernel(
     HEADS,
     HAS_D: tl.constexpr,
     HAS_CODE: tl.constexpr,
+    STAGES: tl.constexpr,
     Q: tl.constexpr,
     ROWS: tl.constexpr,
     BP: tl.constexpr,
     BN: tl.constexpr,
     DOT: tl.constexpr,
 ):
-    """ROWS tokens j of one chunk against the chunk's outputs i: B·Cᵀ once, then the heads of the group in a loop."""
-    tiles = Q // ROWS
-    tile = tl.program_id(0) % tiles
-    c, b = (tl.program_id(0) // tiles).to(tl.int64), tl.program_id(2).to(tl.int64)
-    batch = tl.num_programs(2)
-    h_first = tl.program_id(1) * HEADS
-    g = (h_first // R).to(tl.int64)
-    split = (h_first % R) // HEADS
-    j = tile * ROWS + tl.arange(0, ROWS)
-    i = tl.arange(0, Q)
-    p = tl.arange(0, BP)
-    n = tl.arange(0, BN)
-    first = c * Q
-    i_in, j_in = first + i < L, first + j < L
-    B += b * B_b + g * B_g + first * B_l
-    C_ += b * C_b + g * C_g + first * C_l
-    b_rows = tl.load(B + j[:, None] * B_l + n[None, :], mask=j_in[:, None] & (n < N)[None, :], other=0.0).to(DOT)
-    c_cols = tl.load(C_ + i[None, :] * C_l + n[:, None], mask=i_in[None, :] & (n < N)[:, None], other=0.0).to(DOT)
-    seen = i[None, :] >= j[:, None]
-    kept = j_in
-    own = i[None, :] == j[:, None]
-    j_real = j_in
-    if HAS_CODE:
-        _, last = chunk_segments(code, b, c, L, Q)
-        i_code = tl.load(code + b * L + first + i, mask=i_in, other=1)
-        j_code = tl.load(code + b * L + first + j, mask=j_in, other=1)
-        # an output at padding is a constant: whatever its dy holds joins no sum
-        seen = seen & ((i_code >> 1)[None, :] == (j_code >> 1)[:, None]) & ((i_code & 1) == 0)[None, :]
-        j_real = (j_code & 1) == 0
-        kept = (j_code >> 1) == last
-    similarity = tl.where(seen, tl.dot(b_rows, c_cols, input_precision="tf32x3"), 0.0)
-    dsimilarity = tl.zeros((ROWS, Q), dtype=tl.float32)
-    for r in range(HEADS):
-        h = (h_first + r).to(tl.int64)
-        line = (b * H + h) * Lp + first
-        cs_i, cs_j = tl.load(cs + line + i), tl.load(cs + line + j)
-        scale_j = tl.load(scale + line + j)
-        total = tl.load(cs + line + Q - 1)
-        x_tile = x + b * x_b + h * x_h + first * x_l + j[:, None] * x_l + p[None, :]
-        values = tl.load(x_tile, mask=j_in[:, None] & (p < P)[None, :], other=0.0).to(DOT)
-        out = dy + b * dy_b + h * dy_h + first * dy_l + i[:, None] * dy_l + p[None, :]
-        out = tl.load(out, mask=i_in[:, None] & (p < P)[None, :], other=0.0).to(DOT)
-        dweights = tl.dot(values, tl.trans(out), input_precision="tf32x3")
-        # similarity is zero where i does not see j, and dsimilarity is masked once, behind the loop
-        decay = tl.exp2(tl.minimum(cs_i[None, :] - cs_j[:, None], 0.0))
-        weights = similarity * (decay * scale_j[:, None])
-        if HAS_D:
-            # D joins the diagonal of the weights, and dD is the trace of the products x_j·dy_i
-            skip = tl.where(j_real, tl.load(D + h).to(tl.float32), 0.0)
-            weights += tl.where(own, skip[:, None], 0.0)
-            trace = tl.sum(tl.where(j_real, tl.sum(tl.where(own, dweights, 0.0), axis=1), 0.0), axis=0)
-            tl.store(dskip + (b * tl.num_programs(0) + tl.program_id(0)) * H + h, trace)
-        dweights = dweights * decay
-        dsimilarity += dweights * scale_j[:, None]
-        product = dweights * similarity
-        tl.store(dscale + line + j, tl.sum(product, axis=1))
-        # the diagonal, often the largest entry, cancels by itself; leaving it in would leave its rounding error
-        product = tl.where(own, 0.0, product * scale_j[:, None])
-        tl.store(dcol + line + j, tl.sum(product, axis=1))
-        tl.store(drow + (tile * batch + b) * H * Lp + h * Lp + first + i, tl.sum(product, axis=0))
-        cell = p[None, :] * N + n[:, None]
-        in_state = (p < P)[None, :] & (n < N)[:, None]
-        left = tl.load(dleft + ((b * C + c) * H + h) * P * N + cell, mask=in_state, other=0.0).to(DOT)
-        leave = tl.where(kept, tl.exp2(tl.minimum(total - cs_j, 0.0)) * scale_j, 0.0)
-        du = tl.dot(b_rows, left, input_precision="tf32x3") * leave[:, None]
-        du = tl.dot(weights.to(DOT), out, du, input_precision="tf32x3")
-        place = ((b * L + first) * H + h) * P + j[:, None] * (H * P) + p[None, :]
-        tl.store(dx + place, du.to(dx.dtype.element_ty), mask=j_in[:, None] & (p < P)[None, :])
-    groups = H // R
-    place = (((split * batch + b) * groups + g) * Lp + first) * Q
-    tl.store(dsim + place + j[:, None] * Q + i[None, :], tl.where(seen, dsimilarity, 0.0).to(dsim.dtype.element_ty))
+    """dx of one tile of a chunk, the whole of it or a half: B·Cᵀ once, then a loop over heads of the group."""
+    if Q == ROWS or tl.program_id(0) % 2 == 1:
+        dx_tile(
+            x, B, C_, D, dy, cs, scale, code, dleft, dx, dsim, drow, dfar, dcol, dscale, dskip, Q - ROWS, L, H, R, P,
+            N, C, Lp, x_b, x_l, x_h, B_b, B_l, B_g, C_b, C_l, C_g, dy_b, dy_l, dy_h, HEADS, False, HAS_D, HAS_CODE,
+            STAGES, Q, ROWS, BP, BN, DOT,
+        )  # fmt: skip
+    else:
+        dx_tile(
+            x, B, C_, D, dy, cs, scale, code, dleft, dx, dsim, drow, dfar, dcol, dscale, dskip, 0, L, H, R, P, N, C,
+            Lp, x_b, x_l, x_h, B_b, B_l, B_g, C_b, C_l, C_g, dy_b, dy_l, dy_h, HEADS, True, HAS_D, HAS_CODE, STAGES, Q,
+            ROWS, BP, BN, DOT,
+        )  # fmt: skip
 
 
 @triton.jit
-def dbc_kernel(
-    tokens,  # role C: dy; role B: x
-    others,  # role C: B; role B: C
-    mine,  # role C: C; role B: B
-    states,  # role C: the states that enter each chunk; role B: the gradients of those that leave it
-    reach,  # with HAS_REACH (role C) states is H_in (b, H, P, N), and only what reach·H_in gave to y counts
-    cs,
-    scale,
-    code,
-    dsim,
-    grad,  # (SPLITS, b, L, G, N), contiguous
-    dlink,  # (b, H, Lp) float32: what the entering state gave to y_i; per unit of scale, what x_i gave to the state
-    L,
-    H,
-    R,
-    P,
-    N,
-    C,
-    Lp,
-    tokens_b,
-    tokens_l,
-    tokens_h,
-    others_b,
-    others_l,
-    others_g,
-    mine_b,
-    mine_l,
-    mine_g,
-    HEADS,
-    ROLE_C: tl.constexpr,
-    HAS_CODE: tl.constexpr,
-    HAS_REACH: tl.constexpr,
-    Q: tl.constexpr,
-    ROWS: tl.constexpr,
-    BP: tl.constexpr,
-    BN: tl.constexpr,
-    DOT: tl.constexpr,
-):
-    """dC_i = Σ_h exp(cs_i) dy_i·H + Σ_j dsim_ji B_j, or dB_j = Σ_h factor_j x_j·G + Σ_i dsim_ji C_i; ROWS tokens."""
+def dbc_tile(
+    tokens, others, mine, states, dleft, reach, cs, scale, code, dsim, grad, dlink, dots, L, H, R, P, N, C, Lp,
+    tokens_b, tokens_l, tokens_h, others_b, others_l, others_g, mine_b, mine_l, mine_g, HEADS, ROLE_C: tl.constexpr,
+    HAS_CODE: tl.constexpr, HAS_REACH: tl.constexpr, STAGES: tl.constexpr, Q: tl.constexpr, ROWS: tl.constexpr,
+    BP: tl.constexpr, BN: tl.constexpr, DOT: tl.constexpr,
+):  # fmt: skip
+    """Role C: from dy, B, C and the entering states to dC; role B: from x, C, B and the leaving gradients to dB."""
     tiles = Q // ROWS
-    c, b = (tl.program_id(0) // tiles).to(tl.int64), tl.program_id(2).to(tl.int64)
+    number = tl.program_id(0) if HAS_REACH else tl.program_id(0) // 2
+    tile = number % tiles
+    c, b = (number // tiles).to(tl.int64), tl.program_id(2).to(tl.int64)
     batch = tl.num_programs(2)
     h_first = tl.program_id(1) * HEADS
     g = (h_first // R).to(tl.int64)
     split = (h_first % R) // HEADS
     groups = H // R
-    i = (tl.program_id(0) % tiles) * ROWS + tl.arange(0, ROWS)
+    i = tile * ROWS + tl.arange(0, ROWS)
     k = tl.arange(0, Q)
     p = tl.arange(0, BP)
     n = tl.arange(0, BN)
     first = c * Q
     i_in, k_in = first + i < L, first + k < L
-    place = (((split * batch + b) * groups + g) * Lp + first) * Q
     total = tl.zeros((ROWS, BN), dtype=tl.float32)
     if not HAS_REACH:
+        table = dsim + (((split * batch + b) * groups + g) * Lp + first) * Q
         if ROLE_C:
-            weights = tl.load(dsim + place + k[None, :] * Q + i[:, None])
+            weights = tl.load(table + k[None, :] * Q + i[:, None], mask=k[None, :] <= i[:, None], other=0.0)
         else:
-            weights = tl.load(dsim + place + i[:, None] * Q + k[None, :])
-        others += b * others_b + g * others_g + first * others_l
-        tile = tl.load(others + k[:, None] * others_l + n[None, :], mask=k_in[:, None] & (n < N)[None, :], other=0.0)
-        total = tl.dot(weights.to(DOT), tile.to(DOT), input_precision="tf32x3")
+            weights = tl.load(table + i[:, None] * Q + k[None, :], mask=i[:, None] <= k[None, :], other=0.0)
+        far = token_rows(others + b * others_b + g * others_g + first * others_l, k, k_in, n, others_l, N, DOT)
+        total = tl.dot(weights.to(DOT), far, input_precision="tf32x3")
     linked = i_in
     if HAS_CODE:
         entering, last = chunk_segments(code, b, c, L, Q)
-        i_code = tl.load(code + b * L + first + i, mask=i_in, other=1)
-        linked = ((i_code & 1) == 0) & ((i_code >> 1) == (entering if ROLE_C else last))
-    mine += b * mine_b + g * mine_g + first * mine_l
-    own = tl.load(mine + i[:, None] * mine_l + n[None, :], mask=i_in[:, None] & (n < N)[None, :], other=0.0)
-    for r in range(HEADS):
+        segment, real = token_codes(code, b, first + i, L)
+        linked = real & (segment == (entering if ROLE_C else last))
+    own = token_rows(mine + b * mine_b + g * mine_g + first * mine_l, i, i_in, n, mine_l, N, DOT)
+    cell = p[:, None] * N + n[None, :]
+    in_state = (p < P)[:, None] & (n < N)[None, :]
+    for r in tl.range(0, HEADS, num_stages=STAGES):
         h = (h_first + r).to(tl.int64)
         line = (b * H + h) * Lp + first
+        place = ((b * C + c) * H + h) * P * N
+        rows = token_rows(tokens + b * tokens_b + h * tokens_h + first * tokens_l, i, i_in, p, tokens_l, P, DOT)
         exponent = tl.load(cs + line + i)
-        if not ROLE_C:
-            exponent = tl.load(cs + line + Q - 1) - exponent
-        factor = tl.where(linked, tl.exp2(tl.minimum(exponent, 0.0)), 0.0)
-        head = tokens + b * tokens_b + h * tokens_h + first * tokens_l
-        rows = tl.load(head + i[:, None] * tokens_l + p[None, :], mask=i_in[:, None] & (p < P)[None, :], other=0.0)
-        cell = p[:, None] * N + n[None, :]
-        in_state = (p < P)[:, None] & (n < N)[None, :]
+        until = tl.load(cs + line + Q - 1)
         if HAS_REACH:
-            far = tl.load(states + (b * H + h) * P * N + cell, mask=in_state, other=0.0).to(tl.float32)
-            state = far * tl.load(reach + (b * H + h) * C + c)
+            state = tl.load(states + (b * H + h) * P * N + cell, mask=in_state, other=0.0).to(tl.float32)
+            state = (state * tl.load(reach + (b * H + h) * C + c)).to(DOT)
+        elif ROLE_C:
+            state = tl.load(states + place + cell, mask=in_state, other=0.0).to(DOT)
         else:
-            state = tl.load(states + ((b * C + c) * H + h) * P * N + cell, mask=in_state, other=0.0)
-        part = tl.dot(rows.to(DOT), state.to(DOT), input_precision="tf32x3") * factor[:, None]
+            state = tl.load(dleft + place + cell, mask=in_state, other=0.0).to(DOT)
+        if not ROLE_C:
+            exponent = until - exponent
+        factor = tl.where(linked, tl.exp2(tl.minimum(exponent, 0.0)), 0.0)
+        part = tl.dot(rows, state, input_precision="tf32x3") * factor[:, None]
         tl.store(dlink + line + i, tl.sum(part * own.to(tl.float32), axis=1))
         if not ROLE_C:
             part *= tl.load(scale + line + i)[:, None]
         total += part
+        if ROLE_C and not HAS_REACH:
+            left = tl.load(dleft + place + cell, mask=in_state, other=0.0).to(tl.float32)
+            dot = tl.sum(tl.sum(state.to(tl.float32) * left, axis=1), axis=0) * tl.exp2(tl.minimum(until, 0.0))
+            if HAS_CODE:
+                dot = tl.where(entering == last, dot, 0.0)
+            tl.store(dots + (b * H + h) * C + c, dot, mask=tile == 0)
     place = ((split * batch + b) * L + first) * groups * N + g * N
     mask = i_in[:, None] & (n < N)[None, :]
     tl.store(grad + place + i[:, None] * (groups * N) + n[None, :], total.to(grad.dtype.element_ty), mask=mask)
 
 
 @triton.jit
+def dbc_kernel(
+    x,
+    dy,
+    B,
+    C_,
+    states,  # the states that enter each chunk; with HAS_REACH H_in (b, H, P, N), and only what reach·H_in gave counts
+    dleft,  # the gradients of those that leave it
+    reach,
+    cs,
+    scale,
+    code,
+    dsim,
+    dB,  # (SPLITS, b, L, G, N), contiguous, as dC
+    dC,
+    dopen,  # (b, H, Lp) float32: what the entering state gave to y_i
+    dgiven,  # (b, H, Lp) float32: per unit of scale, what x_j gave to the leaving state
+    dots,  # (b, H, C) float32: carry·<state that enters, gradient of the one that leaves>
+    L,
+    H,
+    R,
+    P: tl.constexpr,
+    N: tl.constexpr,
+    C,
+    Lp,
+    x_b,
+    x_l,
+    x_h,
+    dy_b,
+    dy_l,
+    dy_h,
+    B_b,
+    B_l,
+    B_g,
+    C_b,
+    C_l,
+    C_g,
+    HEADS,
+    HAS_CODE: tl.constexpr,
+    HAS_REACH: tl.constexpr,
+    STAGES: tl.constexpr,
+    Q: tl.constexpr,
+    ROWS: tl.constexpr,
+    BP: tl.constexpr,
+    BN: tl.constexpr,
+    DOT: tl.constexpr,
+):
+    """dC_i = Σ_h exp(cs_i) dy_i·H + Σ_j dsim_ji B_j and dB_j = Σ_h factor_j x_j·G + Σ_i dsim_ji C_i, by turns: what one
+    reads of the states' gradients, the other finds in the second-level cache. With HAS_REACH only the former."""
+    if HAS_REACH or tl.program_id(0) % 2 == 0:
+        dbc_tile(
+            dy, B, C_, states, dleft, reach, cs, scale, code, dsim, dC, dopen, dots, L, H, R, P, N, C, Lp, dy_b, dy_l,
+            dy_h, B_b, B_l, B_g, C_b, C_l, C_g, HEADS, True, HAS_CODE, HAS_REACH, STAGES, Q, ROWS, BP, BN, DOT,
+        )  # fmt: skip
+    else:
+        dbc_tile(
+            x, C_, B, states, dleft, reach, cs, scale, code, dsim, dB, dgiven, dots, L, H, R, P, N, C, Lp, x_b, x_l,
+            x_h, C_b, C_l, C_g, B_b, B_l, B_g, HEADS, False, HAS_CODE, HAS_REACH, STAGES, Q, ROWS, BP, BN, DOT,
+        )  # fmt: skip
+
+
+@triton.jit
+def add_behind(sum_later, ends_later, value, ends):
+    """Sums that start anew at every end of a segment; the later tokens come first."""
+    return tl.where(ends != 0, value, sum_later + value), ends_later | ends
+
+
+@triton.jit
 def decay_kernel(
     drow,
+    dfar,
     dcol,
-    dopen,  # dlink of role C
-    dgiven,  # dlink of role B
+    dopen,
+    dgiven,
     dots,
     dscale,
+    dskip,
     code,
     first_in,  # DISCRETISE: dt by its strides
     A,
@@ -244,6 +394,7 @@ def decay_kernel(
     dsecond,  # (b, L, H): dscale, unless DISCRETISE
     dA,  # (b, C, H) float32: partials
     dbias,  # (b, C, H) float32: partials
+    dD,  # (b, C, H) float32: partials
     L,
     H,
     C,
@@ -255,63 +406,82 @@ def decay_kernel(
     dfirst_l,
     low,
     high,
-    TILES: tl.constexpr,
-    BLOCKS: tl.constexpr,
+    HAS_TILE: tl.constexpr,  # False: only dopen and dots are given, of what entered a segment of the sequence
     DISCRETISE: tl.constexpr,
     SOFTPLUS: tl.constexpr,
     CLAMP: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    HAS_D: tl.constexpr,
     HAS_CODE: tl.constexpr,
     Q: tl.constexpr,
+    ROWS: tl.constexpr,
+    BH: tl.constexpr,
 ):
-    """From the gradient of cs to those of log_decay and scale, or of dt, A and dt_bias; one chunk of one head."""
-    c, h, b = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
-    batch = tl.num_programs(2)
+    """From the gradient of cs to those of log_decay and scale, or of dt, A and dt_bias; one chunk of BH heads."""
+    c, b = tl.program_id(0).to(tl.int64), tl.program_id(2).to(tl.int64)
+    h = tl.program_id(1) * BH + tl.arange(0, BH)
+    here = h < H
     i = tl.arange(0, Q)
     t = c * Q + i
-    line = (b * H + h) * Lp + c * Q
-    per_scale = tl.load(dgiven + line + i)
-    given = per_scale * tl.load(scale + line + i)
-    dcs = tl.load(dopen + line + i) - tl.load(dcol + line + i) - given
-    last = tl.sum(given, axis=0)
-    for tile in tl.static_range(TILES):
-        # a tile of j holds row sums for every i of the chunk; those before the tile are zeros
-        dcs += tl.load(drow + (tile * batch + b) * H * Lp + h * Lp + c * Q + i)
-    for block in tl.static_range(BLOCKS):
-        last += tl.load(dots + ((block * batch + b) * H + h) * C + c)
-    dcs += tl.where(i == Q - 1, last, 0.0)
-    # cs_i holds log_decay_t for every t <= i of its segment; the mask keeps documents exactly apart
-    same = i[None, :] >= i[:, None]
+    lane = (b * H + h).to(tl.int64)
+    line = lane[None, :] * Lp + t[:, None]
+    mask = here[None, :]
+    inside = (t < L)[:, None] & mask
+    dcs = tl.load(dopen + line, mask=mask, other=0.0)
+    last = tl.load(dots + lane * C + c, mask=here, other=0.0)
+    if HAS_TILE:
+        steps = tl.load(scale + line, mask=mask, other=0.0)
+        per_scale = tl.load(dgiven + line, mask=mask, other=0.0)
+        given = per_scale * steps
+        dcs += tl.load(drow + line, mask=mask, other=0.0) - tl.load(dcol + line, mask=mask, other=0.0) - given
+        if Q > ROWS:
+            dcs += tl.load(dfar + line, mask=mask & (i >= ROWS)[:, None], other=0.0)
+        last += tl.sum(given, axis=0)
+        ds = tl.load(dscale + line, mask=mask, other=0.0) + per_scale
+    dcs += tl.where((i == Q - 1)[:, None], last[None, :], 0.0)
+    # cs_i holds log_decay_t for every t <= i of its segment; sums that start anew keep the documents exactly apart
     if HAS_CODE:
         _, ending = chunk_segments(code, b, c, L, Q)
         codes = tl.load(code + b * L + t, mask=t < L, other=1)
         segment = tl.where(t < L, codes >> 1, ending)
-        same = same & (segment[None, :] == segment[:, None])
-    dlog = tl.sum(tl.where(same, dcs[None, :], 0.0), axis=1)
-    if HAS_CODE:
+        after = tl.load(code + b * L + t + 1, mask=(t + 1 < L) & (i < Q - 1), other=0) >> 1
+        ends = (i == Q - 1) | ((t + 1 < L) & (after != segment))
+        flags = tl.broadcast_to(ends.to(tl.int32)[:, None], (Q, BH))
+        dlog, _ = tl.associative_scan((dcs, flags), 0, add_behind, reverse=True)
         earlier = tl.load(code + b * L + t - 1, mask=(t > 0) & (t < L), other=0) >> 1
-        dlog = tl.where((segment == earlier) & ((codes & 1) == 0), dlog, 0.0)
-    ds = tl.load(dscale + line + i) + per_scale
-    if HAS_CODE:
-        ds = tl.where((codes & 1) == 0, ds, 0.0)
-    place = b * dfirst_b + t * dfirst_l + h
+        real = (codes & 1) == 0
+        dlog = tl.where(((segment == earlier) & real)[:, None], dlog, 0.0)
+    else:
+        dlog = tl.cumsum(dcs, axis=0, reverse=True)
+    partial = (b * C + c) * H + h
+    if HAS_D:
+        skip = tl.load(dskip + line, mask=mask, other=0.0)
+        if HAS_CODE:
+            skip = tl.where(real[:, None], skip, 0.0)
+        tl.store(dD + partial, tl.sum(skip, axis=0), mask=here)
+    place = b * dfirst_b + t[:, None] * dfirst_l + h[None, :]
     if DISCRETISE:
-        v = tl.load(first_in + b * first_b + t * first_l + h * first_h, mask=t < L, other=0.0).to(tl.float32)
+        v = tl.load(first_in + b * first_b + t[:, None] * first_l + h[None, :] * first_h, mask=inside, other=0.0)
+        v = v.to(tl.float32)
         if HAS_BIAS:
-            v += tl.load(bias + h).to(tl.float32)
-        slope = tl.full((Q,), 1.0, dtype=tl.float32)
+            v += tl.load(bias + h, mask=here, other=0.0).to(tl.float32)[None, :]
         step = v
+        slope = tl.where(inside, 1.0, 0.0)
         if SOFTPLUS:
-            slope = tl.where(v > 20.0, 1.0, 1.0 / (1.0 + tl.exp(-v)))
+            slope = tl.where(v > 20.0, slope, slope / (1.0 + tl.exp(-v)))
             step = softplus(v)
         if CLAMP:
             slope = tl.where((step >= low) & (step <= high), slope, 0.0)
         if HAS_CODE:
-            slope = tl.where((codes & 1) == 0, slope, 0.0)
-        tl.store(dA + (b * C + c) * H + h, tl.sum(dlog * tl.load(scale + line + i), axis=0))
-        ddt = tl.where(t < L, (dlog * tl.load(A + h).to(tl.float32) + ds) * slope, 0.0)
-        tl.store(dbias + (b * C + c) * H + h, tl.sum(ddt, axis=0))
-        tl.store(dfirst + place, ddt.to(dfirst.dtype.element_ty), mask=t < L)
+            slope = tl.where(real[:, None], slope, 0.0)
+        rate = tl.load(A + h, mask=here, other=0.0).to(tl.float32)
+        ddt = (dlog * rate[None, :] + ds) * slope
+        tl.store(dA + partial, tl.sum(dlog * steps, axis=0), mask=here)
+        tl.store(dbias + partial, tl.sum(ddt, axis=0), mask=here)
+        tl.store(dfirst + place, ddt.to(dfirst.dtype.element_ty), mask=inside)
     else:
-        tl.store(dfirst + place, dlog.to(dfirst.dtype.element_ty), mask=t < L)
-        tl.store(dsecond + (b * L + t) * H + h, ds.to(dsecond.dtype.element_ty), mask=t < L)
+        tl.store(dfirst + place, dlog.to(dfirst.dtype.element_ty), mask=inside)
+        if HAS_TILE:
+            if HAS_CODE:
+                ds = tl.where(real[:, None], ds, 0.0)
+            tl.store(dsecond + (b * L + t)[:, None] * H + h[None, :], ds.to(dsecond.dtype.element_ty), mask=inside)

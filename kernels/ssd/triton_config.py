@@ -7,11 +7,10 @@ device at hand and rewrites the table. A configuration is fixed before the launc
 
 from typing import NamedTuple
 
-import torch
-
 
 class Launch(NamedTuple):
-    """``rows``: tokens (or rows of the state) of one program; warps and pipeline stages as Triton counts them."""
+    """``rows``: tokens (prep and decay: heads; the passes over states: rows of the state) of one program; warps and
+    pipeline stages as Triton counts them."""
 
     rows: int
     warps: int
@@ -19,7 +18,11 @@ class Launch(NamedTuple):
 
 
 class ScanConfig(NamedTuple):
-    """One launch per kernel. ``slots``: programs that should be in flight; heads are split until there are as many."""
+    """One launch per kernel.
+
+    slots: programs that should be in flight; heads are split where that fills them better.
+    chunk: tokens between two states, a power of two; the tiles of a program are the chunk or half of it.
+    """
 
     prep: Launch
     state: Launch
@@ -29,21 +32,24 @@ class ScanConfig(NamedTuple):
     dbc: Launch
     decay: Launch
     slots: int = 264
+    chunk: int = 64
 
 
 # Candidates for bfloat16 and float16, the preferred one first; all compile for sm_90 at P 64, N 128 (the static gate).
-# The order is read off the machine code, not measured: four warps are one warpgroup, whose matrix instruction takes the
-# whole tile and of which two programs fit an SM; with two stages there is one buffer, and copies wait for the products.
+# The order is read off bytes and machine code, not measured. Chunks of 128 tokens halve the bytes of the states, which
+# at 64 are most of all that moves; tiles of 64 tokens fill one warpgroup's matrix instruction and leave its registers
+# room, so that two programs of `output` and `dx` share an SM. `dbc` takes both tiles, a warpgroup each.
+CHUNKS = (128, 64)
 HALVES: dict[str, tuple[Launch, ...]] = {
-    "prep": (Launch(16, 4, 1), Launch(32, 4, 1)),
-    "state": (Launch(64, 8, 3), Launch(64, 4, 3), Launch(64, 8, 2)),
-    "output": (Launch(64, 4, 3), Launch(64, 8, 3), Launch(64, 4, 2)),
-    "dstate": (Launch(64, 8, 2), Launch(64, 8, 3), Launch(64, 4, 2)),
-    "dx": (Launch(64, 4, 3), Launch(64, 8, 2), Launch(32, 8, 2)),
-    "dbc": (Launch(64, 4, 3), Launch(64, 4, 2), Launch(64, 8, 3)),
-    "decay": (Launch(1, 4, 1), Launch(1, 2, 1)),
+    "prep": (Launch(16, 4, 1), Launch(8, 4, 1)),
+    "state": (Launch(64, 8, 3), Launch(64, 8, 2), Launch(64, 4, 3)),
+    "output": (Launch(64, 4, 2), Launch(64, 4, 3), Launch(128, 8, 2)),
+    "dstate": (Launch(64, 8, 3), Launch(64, 8, 2), Launch(64, 4, 3)),
+    "dx": (Launch(64, 4, 2), Launch(64, 4, 3)),
+    "dbc": (Launch(128, 8, 3), Launch(128, 8, 2), Launch(64, 4, 3)),
+    "decay": (Launch(16, 8, 1), Launch(8, 4, 1)),
 }
-HALF = ScanConfig._make([*(HALVES[name][0] for name in ScanConfig._fields[:-1]), 264])
+HALF = ScanConfig(**{name: launches[0] for name, launches in HALVES.items()}, chunk=CHUNKS[0])
 # heads or states beyond 64 × 128: shared memory and registers hold less of them
 LARGE = ScanConfig(
     prep=Launch(16, 4, 1),
@@ -52,7 +58,8 @@ LARGE = ScanConfig(
     dstate=Launch(32, 8, 2),
     dx=Launch(32, 8, 1),
     dbc=Launch(32, 8, 1),
-    decay=Launch(1, 4, 1),
+    decay=Launch(16, 8, 1),
+    chunk=64,
 )
 # float32 multiplies in three tensor-core passes (tf32x3), which takes registers: small tiles, few bytes spilled
 FLOAT = ScanConfig(
@@ -60,18 +67,10 @@ FLOAT = ScanConfig(
     state=Launch(16, 8, 1),
     output=Launch(16, 8, 1),
     dstate=Launch(16, 8, 1),
-    dx=Launch(16, 8, 1),
+    dx=Launch(32, 8, 1),
     dbc=Launch(16, 8, 1),
-    decay=Launch(1, 4, 1),
+    decay=Launch(16, 8, 1),
+    chunk=32,
 )
 SMALL = Launch(16, 1, 1)
-INTERPRETER = ScanConfig(SMALL, SMALL, SMALL, SMALL, SMALL, SMALL, SMALL, slots=1)
-
-
-def chunks_of(dtype: torch.dtype) -> tuple[int, int]:
-    """Tokens per chunk of the forward and the backward on a GPU; powers of two.
-
-    Larger chunks write fewer bytes of states, smaller ones leave registers: at 128 the output kernel fills all of them,
-    one program fits an SM and half of its products are masked; at 64 two fit (the static gate).
-    """
-    return (32, 32) if dtype == torch.float32 else (64, 64)
+INTERPRETER = ScanConfig(SMALL, SMALL, SMALL, SMALL, SMALL, SMALL, SMALL, slots=1, chunk=16)

@@ -113,14 +113,12 @@ def state_pass_kernel(
     initial,  # (b, H, P, N): the state before the first chunk; REVERSE: the gradient of the final state
     states,  # (b, C, H, P, N): the state that enters each chunk; REVERSE: the gradient of the one that leaves it
     final,  # (b, H, P, N) float32: the final state; REVERSE: the gradient of the initial one
-    reach,  # (b, H, C) float32, written: the decay from the start of the row to each chunk, 0 behind a reset
-    entered,  # REVERSE: the states of the forward; with HAS_REACH, read then, H_in (b, H, P, N) of reach·H_in
-    dots,  # REVERSE: (BLOCKS, b, H, C) float32: carry·<state that enters, gradient of the one that leaves>
+    reach,  # (b, H, C) float32: the decay from the start of the row to each chunk, 0 behind a reset
     L,
     H,
     R,
-    P,
-    N,
+    P: tl.constexpr,
+    N: tl.constexpr,
     C,
     Lp,
     u_b,
@@ -134,6 +132,7 @@ def state_pass_kernel(
     HAS_CODE: tl.constexpr,
     HAS_REACH: tl.constexpr,
     WRITE: tl.constexpr,
+    STAGES: tl.constexpr,
     Q: tl.constexpr,
     BP: tl.constexpr,
     BN: tl.constexpr,
@@ -154,7 +153,7 @@ def state_pass_kernel(
     if HAS_INITIAL:
         state = tl.load(initial + (b * H + h) * P * N + cell, mask=in_state, other=0.0).to(tl.float32)
     lam = tl.full((), 1.0, dtype=tl.float32)
-    for k in range(C):
+    for k in tl.range(0, C, num_stages=STAGES):
         c = k
         if REVERSE:
             c = C - 1 - k
@@ -182,22 +181,100 @@ def state_pass_kernel(
                 factor = tl.where((codes >> 1) == last, factor, 0.0)
             carry = tl.where(entering == last, carry, 0.0)
         place = ((b * C + c) * H + h) * P * N
-        if REVERSE:
-            if HAS_REACH:
-                far = tl.load(entered + (b * H + h) * P * N + cell, mask=in_state, other=0.0)
-                before = far.to(tl.float32) * tl.load(reach + (b * H + h) * C + c)
-            else:
-                before = tl.load(entered + place + cell, mask=in_state, other=0.0).to(tl.float32)
-            index = ((tl.program_id(0) * tl.num_programs(2) + b) * H + h) * C + c
-            tl.store(dots + index, carry * tl.sum(tl.sum(before * state, axis=1), axis=0))
         if WRITE:
             tl.store(states + place + cell, state.to(states.dtype.element_ty), mask=in_state)
-        if HAS_REACH and not REVERSE:
+        if HAS_REACH:
             tl.store(reach + (b * H + h) * C + c, lam, mask=tl.program_id(0) == 0)
             lam = lam * carry
         weighted = (ut.to(tl.float32) * factor[None, :]).to(DOT)
         state = tl.dot(weighted, vt.to(DOT), state * carry, input_precision="tf32x3")
     tl.store(final + (b * H + h) * P * N + cell, state, mask=in_state)
+
+
+@triton.jit
+def token_rows(base, i, inside, k, stride, SIZE, DOT: tl.constexpr):
+    """Rows i of a token-major matrix, columns k < SIZE; zero where not ``inside``."""
+    mask = inside[:, None] & (k < SIZE)[None, :]
+    return tl.load(base + i[:, None] * stride + k[None, :], mask=mask, other=0.0).to(DOT)
+
+
+@triton.jit
+def token_columns(base, j, inside, k, stride, SIZE, DOT: tl.constexpr):
+    """The transpose of :func:`token_rows`."""
+    mask = inside[None, :] & (k < SIZE)[:, None]
+    return tl.load(base + j[None, :] * stride + k[:, None], mask=mask, other=0.0).to(DOT)
+
+
+@triton.jit
+def token_codes(code, b, t, L):
+    """(segment, real) of the tokens t of row b."""
+    value = tl.load(code + b * L + t, mask=t < L, other=1)
+    return value >> 1, (value & 1) == 0
+
+
+@triton.jit
+def output_tile(
+    x, B, C_, D, cs, scale, code, states, reach, entry, y, start, L, H, R, P, N, C, Lp, x_b, x_l, x_h, B_b, B_l, B_g,
+    C_b, C_l, C_g, HEADS, FAR: tl.constexpr, HAS_D: tl.constexpr, HAS_CODE: tl.constexpr, HAS_ENTRY: tl.constexpr,
+    STAGES: tl.constexpr, Q: tl.constexpr, ROWS: tl.constexpr, BP: tl.constexpr, BN: tl.constexpr, DOT: tl.constexpr,
+):  # fmt: skip
+    """The outputs of the ROWS tokens i from ``start`` on in a chunk; with FAR the tile before them, f, joins."""
+    c, b = (tl.program_id(0) // (Q // ROWS)).to(tl.int64), tl.program_id(2).to(tl.int64)
+    h_first = tl.program_id(1) * HEADS
+    g = (h_first // R).to(tl.int64)
+    t = tl.arange(0, ROWS)
+    i = start + t
+    p = tl.arange(0, BP)
+    n = tl.arange(0, BN)
+    first = c * Q
+    B += b * B_b + g * B_g + first * B_l
+    C_ += b * C_b + g * C_g + first * C_l
+    inside, f_in = first + i < L, first + t < L
+    seen, opened, real = t[:, None] >= t[None, :], inside, inside
+    if HAS_CODE:
+        entering, _ = chunk_segments(code, b, c, L, Q)
+        segment, real = token_codes(code, b, first + i, L)
+        seen = seen & (segment[:, None] == segment[None, :]) & real[:, None]
+        opened = (segment == entering) & real
+    c_rows = token_rows(C_, i, inside, n, C_l, N, DOT)
+    b_columns = token_columns(B, i, inside, n, B_l, N, DOT)
+    similarity = tl.where(seen, tl.dot(c_rows, b_columns, input_precision="tf32x3"), 0.0)
+    if FAR:
+        far_similarity = tl.dot(c_rows, token_columns(B, t, f_in, n, B_l, N, DOT), input_precision="tf32x3")
+        if HAS_CODE:
+            f_segment, _ = token_codes(code, b, first + t, L)
+            far_seen = (segment[:, None] == f_segment[None, :]) & real[:, None]
+            far_similarity = tl.where(far_seen, far_similarity, 0.0)
+    for r in tl.range(0, HEADS, num_stages=STAGES):
+        h = (h_first + r).to(tl.int64)
+        line = (b * H + h) * Lp + first
+        x_head = x + b * x_b + h * x_h + first * x_l
+        cell = p[None, :] * N + n[:, None]
+        in_state = (p < P)[None, :] & (n < N)[:, None]
+        state = tl.load(states + ((b * C + c) * H + h) * P * N + cell, mask=in_state, other=0.0)
+        if HAS_ENTRY:
+            entered = tl.load(entry + (b * H + h) * P * N + cell, mask=in_state, other=0.0)
+            state = state.to(tl.float32) + entered * tl.load(reach + (b * H + h) * C + c)
+        own, scales = tl.load(cs + line + i), tl.load(scale + line + i)
+        values = token_rows(x_head, i, inside, p, x_l, P, DOT)
+        out = tl.dot(c_rows, state.to(DOT), input_precision="tf32x3")
+        since = own
+        if FAR:
+            middle = tl.load(cs + line + ROWS - 1)
+            since = own - middle
+            out = out * tl.where(opened, tl.exp2(tl.minimum(middle, 0.0)), 0.0)[:, None]
+            passed = tl.exp2(tl.minimum(middle - tl.load(cs + line + t), 0.0)) * tl.load(scale + line + t)
+            far = token_rows(x_head, t, f_in, p, x_l, P, DOT)
+            out = tl.dot((far_similarity * passed[None, :]).to(DOT), far, out, input_precision="tf32x3")
+            out = out * tl.exp2(tl.minimum(since, 0.0))[:, None]
+        else:
+            out = out * tl.where(opened, tl.exp2(tl.minimum(since, 0.0)), 0.0)[:, None]
+        weights = similarity * tl.exp2(tl.minimum(own[:, None] - own[None, :], 0.0)) * scales[None, :]
+        out = tl.dot(weights.to(DOT), values, out, input_precision="tf32x3")
+        if HAS_D:
+            out += values.to(tl.float32) * tl.where(real, tl.load(D + h).to(tl.float32), 0.0)[:, None]
+        place = ((b * L + first) * H + h) * P + i[:, None] * (H * P) + p[None, :]
+        tl.store(y + place, out.to(y.dtype.element_ty), mask=inside[:, None] & (p < P)[None, :])
 
 
 @triton.jit
@@ -216,8 +293,8 @@ def output_kernel(
     L,
     H,
     R,
-    P,
-    N,
+    P: tl.constexpr,
+    N: tl.constexpr,
     C,
     Lp,
     x_b,
@@ -233,62 +310,21 @@ def output_kernel(
     HAS_D: tl.constexpr,
     HAS_CODE: tl.constexpr,
     HAS_ENTRY: tl.constexpr,
+    STAGES: tl.constexpr,
     Q: tl.constexpr,
     ROWS: tl.constexpr,
     BP: tl.constexpr,
     BN: tl.constexpr,
     DOT: tl.constexpr,
 ):
-    """ROWS outputs of one chunk: C·Bᵀ once, then the heads of the group in a loop."""
-    tiles = Q // ROWS
-    c, b = (tl.program_id(0) // tiles).to(tl.int64), tl.program_id(2).to(tl.int64)
-    start = (tl.program_id(0) % tiles) * ROWS
-    h_first = tl.program_id(1) * HEADS
-    g = (h_first // R).to(tl.int64)
-    i = start + tl.arange(0, ROWS)
-    j = tl.arange(0, Q)
-    p = tl.arange(0, BP)
-    n = tl.arange(0, BN)
-    first = c * Q
-    i_in, j_in = first + i < L, first + j < L
-    B += b * B_b + g * B_g + first * B_l
-    C_ += b * C_b + g * C_g + first * C_l
-    c_rows = tl.load(C_ + i[:, None] * C_l + n[None, :], mask=i_in[:, None] & (n < N)[None, :], other=0.0).to(DOT)
-    b_cols = tl.load(B + j[None, :] * B_l + n[:, None], mask=j_in[None, :] & (n < N)[:, None], other=0.0).to(DOT)
-    seen = i[:, None] >= j[None, :]
-    opened = i_in
-    if HAS_CODE:
-        entering, _ = chunk_segments(code, b, c, L, Q)
-        i_code = tl.load(code + b * L + first + i, mask=i_in, other=1)
-        j_code = tl.load(code + b * L + first + j, mask=j_in, other=1)
-        real = (i_code & 1) == 0
-        seen = seen & ((i_code >> 1)[:, None] == (j_code >> 1)[None, :]) & real[:, None]
-        opened = ((i_code >> 1) == entering) & real
-    similarity = tl.where(seen, tl.dot(c_rows, b_cols, input_precision="tf32x3"), 0.0)
-    for r in range(HEADS):
-        h = (h_first + r).to(tl.int64)
-        line = (b * H + h) * Lp + first
-        cs_i, cs_j = tl.load(cs + line + i), tl.load(cs + line + j)
-        scale_j = tl.load(scale + line + j)
-        decay = tl.exp2(tl.minimum(cs_i[:, None] - cs_j[None, :], 0.0))
-        weights = (similarity * decay * scale_j[None, :]).to(DOT)
-        x_head = x + b * x_b + h * x_h + first * x_l
-        values = tl.load(x_head + j[:, None] * x_l + p[None, :], mask=j_in[:, None] & (p < P)[None, :], other=0.0)
-        cell = p[None, :] * N + n[:, None]
-        in_state = (p < P)[None, :] & (n < N)[:, None]
-        state = tl.load(states + ((b * C + c) * H + h) * P * N + cell, mask=in_state, other=0.0)
-        if HAS_ENTRY:
-            far = tl.load(entry + (b * H + h) * P * N + cell, mask=in_state, other=0.0)
-            state = state.to(tl.float32) + far * tl.load(reach + (b * H + h) * C + c)
-        carried = tl.dot(c_rows, state.to(DOT), input_precision="tf32x3")
-        out = carried * tl.where(opened, tl.exp2(tl.minimum(cs_i, 0.0)), 0.0)[:, None]
-        out = tl.dot(weights, values.to(DOT), out, input_precision="tf32x3")
-        mask = i_in[:, None] & (p < P)[None, :]
-        if HAS_D:
-            own = tl.load(x_head + i[:, None] * x_l + p[None, :], mask=mask, other=0.0).to(tl.float32)
-            skip = own * tl.load(D + h).to(tl.float32)
-            if HAS_CODE:
-                skip = tl.where(real[:, None], skip, 0.0)
-            out += skip
-        place = ((b * L + first) * H + h) * P + i[:, None] * (H * P) + p[None, :]
-        tl.store(y + place, out.to(y.dtype.element_ty), mask=mask)
+    """The outputs of one tile of a chunk, the whole of it or a half: C·Bᵀ once, then a loop over heads of the group."""
+    if Q == ROWS or tl.program_id(0) % 2 == 0:
+        output_tile(
+            x, B, C_, D, cs, scale, code, states, reach, entry, y, 0, L, H, R, P, N, C, Lp, x_b, x_l, x_h, B_b, B_l,
+            B_g, C_b, C_l, C_g, HEADS, False, HAS_D, HAS_CODE, HAS_ENTRY, STAGES, Q, ROWS, BP, BN, DOT,
+        )  # fmt: skip
+    else:
+        output_tile(
+            x, B, C_, D, cs, scale, code, states, reach, entry, y, ROWS, L, H, R, P, N, C, Lp, x_b, x_l, x_h, B_b, B_l,
+            B_g, C_b, C_l, C_g, HEADS, True, HAS_D, HAS_CODE, HAS_ENTRY, STAGES, Q, ROWS, BP, BN, DOT,
+        )  # fmt: skip

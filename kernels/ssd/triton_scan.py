@@ -10,7 +10,7 @@ from torch import Tensor
 
 from . import triton_backward as backward
 from . import triton_forward as forward
-from .triton_config import INTERPRETER, ScanConfig
+from .triton_config import INTERPRETER, Launch, ScanConfig
 from .triton_table import lookup
 
 LARGEST_STRIDE = 1 << 24  # 128 tokens of it stay below 2³¹, the range of an offset inside a chunk
@@ -74,12 +74,19 @@ class Scan(NamedTuple):
         _, l, h, p, g, n = self.sizes
         return (l, h, h // g, p, n, self.chunks, self.padded)
 
+    def rows(self, launch: Launch) -> int:
+        """Tokens of one program: a chunk or half of it, whatever the configuration says."""
+        return min(max(launch.rows, self.chunk // 2), self.chunk)
+
     def heads(self, rows: int) -> int:
-        """Heads per program: the whole group, or the largest part of it that keeps the device busy."""
+        """Heads per program: the whole group, or a part of it where that fills the device better.
+
+        Programs run in rounds of ``slots``; each costs its heads, and about one and a half for what it does once.
+        """
         b, _, h, _, g, _ = self.sizes
         programs, group = b * g * self.chunks * (self.chunk // rows), h // g
         parts = [parts for parts in range(1, group + 1) if group % parts == 0]
-        return group // next((s for s in parts if s * programs >= self.config.slots), 1 if group == 1 else parts[-1])
+        return group // min(parts, key=lambda s: -(-s * programs // self.config.slots) * (group / s + 1.5))
 
 
 def is_interpreted() -> bool:
@@ -98,9 +105,21 @@ def triton_dtype(dtype: torch.dtype) -> Any:
 
 @cache
 def _target() -> tuple[int, int]:
-    """(architecture, Triton minor version) of the current device."""
+    """(architecture, Triton minor version) of the current device; architecture 0 without one, for fake tensors."""
+    minor = int(triton.__version__.split(".")[1])
+    if not torch.cuda.is_available():
+        return 0, minor
     arch = triton.runtime.driver.active.get_current_target().arch
-    return int(arch) if str(arch).isdigit() else 0, int(triton.__version__.split(".")[1])
+    return (int(arch) if str(arch).isdigit() else 0), minor
+
+
+def configuration(x: Tensor, B: Tensor, C: Tensor) -> ScanConfig:
+    """The launches for tensors of these sizes and dtypes on this device."""
+    if is_interpreted():
+        return INTERPRETER
+    arch, minor = _target()
+    half = torch.promote_types(torch.promote_types(x.dtype, B.dtype), C.dtype) != torch.float32
+    return lookup((arch, block_of(x.shape[3]), block_of(B.shape[3]), "half" if half else "float", minor))
 
 
 def plan(
@@ -115,7 +134,7 @@ def plan(
     how: Discretisation,
     chunk: int,
 ) -> Scan:
-    """Make the strides usable and look the configuration up.
+    """Make the strides usable and look the configuration up; a ``chunk`` of 0 is the configuration's.
 
     Raises:
         ValueError: a token of x or B is wider than the offsets inside a chunk can hold.
@@ -126,13 +145,8 @@ def plan(
             raise ValueError(f"{name} has {tensor.stride(1)} elements per token, expected less than {LARGEST_STRIDE}")
     bias, D = (None if t is None else t.contiguous() for t in (bias, D))
     second = second.contiguous() if how.on else second
-    half = torch.promote_types(torch.promote_types(x.dtype, B.dtype), C.dtype) != torch.float32
-    if is_interpreted():
-        config = INTERPRETER
-    else:
-        arch, minor = _target()
-        config = lookup((arch, block_of(x.shape[3]), block_of(B.shape[3]), "half" if half else "float", minor))
-    return Scan(x, first, second, bias, B, C, D, code, how, chunk, config)
+    config = configuration(x, B, C)
+    return Scan(x, first, second, bias, B, C, D, code, how, chunk or config.chunk, config)
 
 
 def by_token(t: Tensor) -> Tensor:
@@ -169,27 +183,24 @@ def pass_states(
     write: bool = True,
     reach: Tensor | None = None,
     dy: Tensor | None = None,
-    entered: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The states that enter each chunk and the final state; with dy the gradients, backwards, and carry·<H, G>.
+) -> tuple[Tensor, Tensor]:
+    """The states that enter each chunk and the final state; with dy, backwards, the gradients of those that leave each
+    chunk and of the initial state.
 
     Args:
+        initial: (b, h, p, n), the state before the first chunk; with dy the gradient of the final state.
         write: return the states (empty otherwise). reach: receives the decay from the start of the row to each chunk.
-        dy, entered: of the outputs, and the H that go with them: of each chunk, or with reach, read then, the one whose
-            share in it is reach·entered.
     """
     b, _, h, p, _, n = scan.sizes
     reverse = dy is not None
     launch = scan.config.dstate if reverse else scan.config.state
     flags = scan.shape_flags
     flags["BP"] = min(flags["BP"], launch.rows)
-    blocks = triton.cdiv(p, flags["BP"])
     u, v = (scan.x, scan.B) if dy is None else (dy, scan.C)
     states = scan.x.new_empty((b, scan.chunks, h, p, n) if write else (0,), dtype=scan.dot)
     final = scan.x.new_empty(b, h, p, n, dtype=torch.float32)
-    dots = scan.x.new_empty(blocks, b, h, scan.chunks, dtype=torch.float32) if reverse else None
-    forward.state_pass_kernel[(blocks, h, b)](
-        *(u, v, cs, scale, scan.code, initial, states, final, reach, entered, dots, *scan.ints),
+    forward.state_pass_kernel[(triton.cdiv(p, flags["BP"]), h, b)](
+        *(u, v, cs, scale, scan.code, initial, states, final, reach, *scan.ints),
         *(*u.stride()[:3], *v.stride()[:3]),
         REVERSE=reverse,
         HAS_INITIAL=initial is not None,
@@ -199,8 +210,9 @@ def pass_states(
         **flags,
         num_warps=launch.warps,
         num_stages=launch.stages,
+        STAGES=launch.stages,
     )
-    return states, final, dots
+    return states, final
 
 
 def outputs(
@@ -210,7 +222,7 @@ def outputs(
     b, _, h, *_ = scan.sizes
     y = torch.empty(scan.x.shape, dtype=scan.x.dtype, device=scan.x.device)
     launch = scan.config.output
-    rows = min(launch.rows, scan.chunk)
+    rows = scan.rows(launch)
     heads = scan.heads(rows)
     forward.output_kernel[(scan.chunks * (scan.chunk // rows), h // heads, b)](
         *(scan.x, scan.B, scan.C, scan.D, cs, scale, scan.code, states, reach, entry, y, *scan.ints),
@@ -222,6 +234,7 @@ def outputs(
         **scan.shape_flags,
         num_warps=launch.warps,
         num_stages=launch.stages,
+        STAGES=launch.stages,
     )
     return y
 
@@ -255,33 +268,28 @@ def gradients(
         dfirst: (b, l, h) with contiguous heads, where the gradient of ``first`` goes; a new tensor otherwise.
     """
     dy = by_token(dy)
-    dleft, dinitial, dots = pass_states(scan, cs, scale, dfinal, dy=dy, entered=states)
-    assert dots is not None
-    dx, dsim, parts, dskip = _token_gradients(scan, cs, scale, dleft, dy)
-    dC, dopen = _group_gradients(scan, cs, scale, states, dsim, dy)
-    dB, dgiven = _group_gradients(scan, cs, scale, dleft, dsim, None)
-    dfirst, dsecond, dbias = _decay_gradients(scan, scale, (*parts, dopen, dgiven, dots), dfirst)
-    dD = None if scan.D is None or dskip is None else dskip.sum(dim=(0, 1)).to(scan.D.dtype)
+    dleft, dinitial = pass_states(scan, cs, scale, dfinal, dy=dy)
+    dx, dsim, tiles = _token_gradients(scan, cs, scale, dleft, dy)
+    dB, dC, links = _group_gradients(scan, cs, scale, states, dleft, dsim, dy)
+    dfirst, dsecond, dbias, dD = _decay_gradients(scan, scale, tiles, links, dfirst)
     return Gradients(dx, dfirst, dsecond, dbias, dB, dC, dD, dinitial)
 
 
 def _token_gradients(
     scan: Scan, cs: Tensor, scale: Tensor, dleft: Tensor, dy: Tensor
-) -> tuple[Tensor, Tensor, tuple[Tensor, ...], Tensor | None]:
-    """dx, the gradient of C·Bᵀ, (drow, dcol, dscale) and the partials of dD."""
+) -> tuple[Tensor, Tensor, tuple[Tensor | None, ...]]:
+    """dx, the gradient of C·Bᵀ and (drow, dfar, dcol, dscale, dskip), the last of them None without D."""
     b, _, h, _, g, _ = scan.sizes
     launch = scan.config.dx
-    rows = min(launch.rows, scan.chunk)
+    rows = scan.rows(launch)
     tiles, heads = scan.chunk // rows, scan.heads(rows)
-    new = cs.new_empty
     dx = torch.empty(scan.x.shape, dtype=scan.x.dtype, device=scan.x.device)
-    dsim = new(h // g // heads, b, g, scan.padded, scan.chunk, dtype=scan.dot)
-    drow = new(tiles, b, h, scan.padded)
-    dcol, dscale = torch.empty_like(cs), torch.empty_like(cs)
-    dskip = None if scan.D is None else new(b, scan.chunks * tiles, h)
+    dsim = cs.new_empty(h // g // heads, b, g, scan.padded, scan.chunk, dtype=scan.dot)
+    drow, dfar, dcol, dscale = (torch.empty_like(cs) for _ in range(4))
+    dskip = None if scan.D is None else torch.empty_like(cs)
     backward.dx_kernel[(scan.chunks * tiles, h // heads, b)](
         *(scan.x, scan.B, scan.C, scan.D, dy, cs, scale, scan.code, dleft),
-        *(dx, dsim, drow, dcol, dscale, dskip, *scan.ints),
+        *(dx, dsim, drow, dfar, dcol, dscale, dskip, *scan.ints),
         *(*scan.x.stride()[:3], *scan.B.stride()[:3], *scan.C.stride()[:3], *dy.stride()[:3], heads),
         HAS_D=scan.D is not None,
         HAS_CODE=scan.code is not None,
@@ -289,8 +297,9 @@ def _token_gradients(
         **scan.shape_flags,
         num_warps=launch.warps,
         num_stages=launch.stages,
+        STAGES=launch.stages,
     )
-    return dx, dsim, (drow, dcol, dscale), dskip
+    return dx, dsim, (drow, dfar, dcol, dscale, dskip)
 
 
 def entry_gradients(
@@ -302,11 +311,12 @@ def entry_gradients(
         reach: (b, h, chunks). entry: (b, h, p, n) float32, contiguous. dy: (b, l, h, p).
     """
     dy = by_token(dy)
-    _, dentry, dots = pass_states(scan, cs, scale, None, write=False, reach=reach, dy=dy, entered=entry)
-    assert dots is not None
-    dC, dopen = _group_gradients(scan, cs, scale, entry, None, dy, reach)
-    none = torch.zeros_like(cs)
-    dfirst, _, _ = _decay_gradients(scan, scale, (none[None], none, none, dopen, none, dots), None)
+    _, dentry = pass_states(scan, cs, scale, None, write=False, dy=dy)
+    _, dC, (dopen, _, _) = _group_gradients(scan, cs, scale, entry, None, None, dy, reach)
+    # all that entry gave to later chunks passed this one
+    later = dopen.unflatten(-1, (scan.chunks, scan.chunk)).sum(dim=-1)
+    dots = later.flip(-1).cumsum(dim=-1).flip(-1) - later
+    dfirst, *_ = _decay_gradients(scan, scale, None, (dopen, None, dots), None)
     return dfirst, dC, dentry
 
 
@@ -315,59 +325,76 @@ def _group_gradients(
     cs: Tensor,
     scale: Tensor,
     states: Tensor,
+    dleft: Tensor | None,
     dsim: Tensor | None,
-    dy: Tensor | None,
+    dy: Tensor,
     reach: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """dC (dy given) or dB, and what the link of each token to the state gave to its exponent; with ``reach`` (and no
-    ``dsim``) only of reach·states, one state per row and head."""
+) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor | None, Tensor | None]]:
+    """dB, dC and what the links of tokens and chunks to the states gave to their exponents, (dopen, dgiven, dots); with
+    ``reach`` only dC and dopen, of reach·states, one state per row and head."""
     b, l, h, _, g, n = scan.sizes
     launch = scan.config.dbc
-    if reach is not None:  # scaling the states as they are loaded takes registers that four warps do not have
-        launch = launch._replace(warps=8, stages=min(launch.stages, 2))
-    rows = min(launch.rows, scan.chunk)
+    rows = scan.rows(launch)
     splits = h // g // scan.heads(rows) if dsim is None else dsim.shape[0]
-    tokens, others, mine = (scan.x, scan.C, scan.B) if dy is None else (dy, scan.B, scan.C)
-    grad = cs.new_empty(splits, b, l, g, n, dtype=mine.dtype if splits == 1 else torch.float32)
-    dlink = torch.empty_like(cs)
-    backward.dbc_kernel[(scan.chunks * (scan.chunk // rows), g * splits, b)](
-        *(tokens, others, mine, states, reach, cs, scale, scan.code, dsim, grad, dlink, *scan.ints),
-        *(*tokens.stride()[:3], *others.stride()[:3], *mine.stride()[:3], h // g // splits),
-        ROLE_C=dy is not None,
+    dB, dC = (
+        cs.new_empty((splits, *((b, l, g, n) if wanted else (0,))), dtype=t.dtype if splits == 1 else torch.float32)
+        for t, wanted in ((scan.B, reach is None), (scan.C, True))
+    )
+    dopen = torch.empty_like(cs)
+    dgiven, dots = (None, None) if reach is not None else (torch.empty_like(cs), cs.new_empty(b, h, scan.chunks))
+    tiles = scan.chunks * (scan.chunk // rows)
+    backward.dbc_kernel[(tiles if reach is not None else 2 * tiles, g * splits, b)](
+        *(scan.x, dy, scan.B, scan.C, states, dleft, reach, cs, scale, scan.code, dsim, dB, dC, dopen, dgiven, dots),
+        *(*scan.ints, *scan.x.stride()[:3], *dy.stride()[:3], *scan.B.stride()[:3], *scan.C.stride()[:3]),
+        h // g // splits,
         HAS_CODE=scan.code is not None,
         HAS_REACH=reach is not None,
         ROWS=rows,
         **scan.shape_flags,
         num_warps=launch.warps,
         num_stages=launch.stages,
+        STAGES=launch.stages,
     )
-    return (grad[0] if splits == 1 else grad.sum(dim=0).to(mine.dtype)), dlink
+    whole_B, whole_C = (
+        grad[0] if splits == 1 else grad.sum(dim=0).to(t.dtype) for grad, t in ((dB, scan.B), (dC, scan.C))
+    )
+    return whole_B, whole_C, (dopen, dgiven, dots)
 
 
 def _decay_gradients(
-    scan: Scan, scale: Tensor, parts: tuple[Tensor, ...], dfirst: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Gradients of first, second and bias."""
+    scan: Scan,
+    scale: Tensor,
+    tiles: tuple[Tensor | None, ...] | None,
+    links: tuple[Tensor, Tensor | None, Tensor | None],
+    dfirst: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """Gradients of first, second, bias and D; without ``tiles`` only of first, from dopen and dots."""
     b, l, h, *_ = scan.sizes
-    drow, dcol, dscale, dopen, dgiven, dots = parts
+    drow, dfar, dcol, dscale, dskip = (None,) * 5 if tiles is None else tiles
     how, launch = scan.how, scan.config.decay
     new = scale.new_empty
     dfirst = new(b, l, h, dtype=scan.first.dtype) if dfirst is None else dfirst
-    dsecond = new(0) if how.on else new(b, l, h, dtype=scan.second.dtype)
+    dsecond = new(0) if how.on or tiles is None else new(b, l, h, dtype=scan.second.dtype)
     dA, dbias = (new((b, scan.chunks, h) if how.on else (0,)) for _ in range(2))
-    backward.decay_kernel[(scan.chunks, h, b)](
-        *(drow, dcol, dopen, dgiven, dots, dscale, scan.code, scan.first, scan.second, scan.bias, scale),
-        *(dfirst, dsecond, dA, dbias, l, h, scan.chunks, scan.padded, *scan.first.stride()),
+    dD = None if dskip is None else new(b, scan.chunks, h)
+    backward.decay_kernel[(scan.chunks, triton.cdiv(h, launch.rows), b)](
+        *(drow, dfar, dcol, *links, dscale, dskip, scan.code, scan.first, scan.second, scan.bias, scale),
+        *(dfirst, dsecond, dA, dbias, dD, l, h, scan.chunks, scan.padded, *scan.first.stride()),
         *(dfirst.stride(0), dfirst.stride(1), how.low, how.high),
-        TILES=drow.shape[0],
-        BLOCKS=dots.shape[0],
+        HAS_TILE=tiles is not None,
         **how.flags,
         HAS_BIAS=scan.bias is not None,
+        HAS_D=dD is not None,
         HAS_CODE=scan.code is not None,
         Q=scan.chunk,
+        ROWS=scan.rows(scan.config.dx),
+        BH=launch.rows,
         num_warps=launch.warps,
     )
+
+    def summed(partial: Tensor | None, like: Tensor | None) -> Tensor | None:
+        return None if partial is None or like is None else partial.sum(dim=(0, 1)).to(like.dtype)
+
     if not how.on:
-        return dfirst, dsecond, None
-    summed = None if scan.bias is None else dbias.sum(dim=(0, 1)).to(scan.bias.dtype)
-    return dfirst, dA.sum(dim=(0, 1)).to(scan.second.dtype), summed
+        return dfirst, dsecond, None, summed(dD, scan.D)
+    return dfirst, dA.sum(dim=(0, 1)).to(scan.second.dtype), summed(dbias, scan.bias), summed(dD, scan.D)

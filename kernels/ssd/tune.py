@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..operators import HAS_TRITON
 from .api import ssd
+from .triton_config import CHUNKS, HALF, HALVES, INTERPRETER, Launch, ScanConfig
 
 TABLE = Path(__file__).parent / "triton_table.py"
 FORWARD = ("prep", "state", "output")
@@ -28,7 +29,8 @@ class TuneError(ValueError):
 
 
 def tune(*, rehearse: bool = False, say: Callable[[str], None] = print) -> None:
-    """Greedy, kernel by kernel: forward kernels by the forward's time, the others by the backward's.
+    """Greedy, kernel by kernel, for each size of chunks: forward kernels by the forward's time, the others by the
+    backward's; then the size whose forward and backward together took least.
 
     Args:
         rehearse: on the CPU in Triton's interpreter, tiny; the table stays as it is.
@@ -39,29 +41,36 @@ def tune(*, rehearse: bool = False, say: Callable[[str], None] = print) -> None:
     """
     check(rehearse)
     from . import triton_scan
-    from .triton_config import HALF, HALVES, INTERPRETER
 
     device = torch.device("cpu" if rehearse else "cuda")
-    forward, inputs = scan(device, (20, 2, 8, 1, 8) if rehearse else (4096, 128, 64, 8, 128))
-    best = INTERPRETER if rehearse else HALF
-    for name, launches in HALVES.items():
-        times: dict[Any, float] = {}
-        for launch in launches if not rehearse else [INTERPRETER.prep]:
-            changed: dict[str, Any] = {name: launch}
-            with configured(triton_scan, best._replace(**changed), rehearse):
-                if name in FORWARD:
-                    times[launch] = microseconds(forward, device)
-                else:
-                    out = forward()
-                    dy = torch.randn_like(out)
-                    backward = lambda out=out, dy=dy: torch.autograd.grad(out, inputs, dy, retain_graph=True)  # noqa: E731
-                    times[launch] = microseconds(backward, device)
-        chosen = min(times, key=lambda launch: times[launch])
-        best = best._replace(**{**changed, name: chosen})
-        say(f"{name} { {tuple(launch): round(us, 1) for launch, us in times.items()} } -> {tuple(chosen)}")
+    forward, inputs = scan(device, (40, 2, 8, 1, 8) if rehearse else (4096, 128, 64, 8, 128))
+    out = forward()
+    dy = torch.randn_like(out)
+
+    def backward(out: Tensor) -> Callable[[], Any]:
+        return lambda: torch.autograd.grad(out, inputs, dy, retain_graph=True)
+
+    found: dict[float, ScanConfig] = {}
+    for start in [INTERPRETER] if rehearse else [HALF._replace(chunk=chunk) for chunk in CHUNKS]:
+        best = start
+        for name in HALVES:
+            times: dict[Launch, float] = {}
+            for launch in [INTERPRETER.prep] if rehearse else HALVES[name]:
+                changed: dict[str, Any] = {name: launch}
+                with configured(triton_scan, best._replace(**changed)):
+                    timed = forward if name in FORWARD else backward(forward())
+                    times[launch] = microseconds(timed, device)
+            chosen = min(times, key=lambda launch: times[launch])
+            best = best._replace(**{name: chosen})
+            rounded = {tuple(launch): round(us, 1) for launch, us in times.items()}
+            say(f"chunks of {best.chunk}: {name} {rounded} -> {tuple(chosen)}")
+        with configured(triton_scan, best):
+            parts = microseconds(forward, device), microseconds(backward(forward()), device)
+        say(f"chunks of {best.chunk}: forward {parts[0]:.1f} µs, backward {parts[1]:.1f} µs")
+        found[sum(parts)] = best
     if not rehearse:
         arch, minor = triton_scan._target()
-        say(f"wrote {TABLE.name}: {write((arch, 64, 128, 'half', minor), best)}")
+        say(f"wrote {TABLE.name}: {write((arch, 64, 128, 'half', minor), found[min(found)])}")
 
 
 def check(rehearse: bool) -> None:
@@ -109,22 +118,21 @@ def microseconds(function: Callable[[], Any], device: torch.device) -> float:
 
 
 @contextmanager
-def configured(launches: Any, config: Any, rehearse: bool) -> Iterator[None]:
+def configured(launches: Any, config: ScanConfig) -> Iterator[None]:
     """Make the launches use one configuration for a while."""
-    name = "INTERPRETER" if rehearse else "lookup"
-    kept = getattr(launches, name)
-    setattr(launches, name, config if rehearse else lambda key: config)
+    kept = launches.configuration
+    launches.configuration = lambda *tensors: config
     try:
         yield
     finally:
-        setattr(launches, name, kept)
+        launches.configuration = kept
 
 
-def write(key: tuple[Any, ...], config: Any, table: Path = TABLE) -> str:
+def write(key: tuple[Any, ...], config: ScanConfig, table: Path = TABLE) -> str:
     """Put one entry into the table's source, in place of an older one of the same key; returns the entry."""
     text = table.read_text()
-    values = ", ".join(f"Launch{tuple(launch)!r}" for launch in config[:-1])
-    entry = f"    {key!r}: ScanConfig({values}, {config[-1]}),  # fmt: skip  # noqa: E501\n"
+    values = ", ".join(f"Launch{tuple(value)!r}" if isinstance(value, Launch) else str(value) for value in config)
+    entry = f"    {key!r}: ScanConfig({values}),  # fmt: skip  # noqa: E501\n"
     before, found, after = text.partition("TABLE: dict[Key, ScanConfig] = {")
     if not found:
         raise TuneError(f"bench tune: {table} holds no TABLE; restore it from the package")

@@ -27,7 +27,7 @@ TOLERANCE = 1e-5
 
 
 def triton(**kw: Any) -> Any:
-    return ssd(**{"chunk_size": 16, "backend": "triton", **kw})
+    return ssd(**{"chunk_size": 32, "backend": "triton", **kw})
 
 
 def exact(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -36,6 +36,7 @@ class Use(NamedTuple):
     options: dict[str, int]
     registers: int
     stack: int
+    inner: int  # loads and stores of spilled registers inside loops, where they cost
     shared: int
     wgmma: int  # instructions of Hopper's matrix units, which take operands of a whole warpgroup
     mma: int  # of the older ones, at half the rate
@@ -78,25 +79,35 @@ class Recorder:
                 signature[name] = "fp32"
         source = ASTSource(self.kernel, signature, constexprs, attributes)
         compiled = triton.compile(source, target=TARGET, options=options)
-        registers, stack = resources(compiled.asm["cubin"])
+        registers, stack, inner = resources(compiled.asm["cubin"])
         name = f"{self.kernel.fn.__name__}{self.label}"
         name += "".join(f" {key.lower()}" for key in ("REVERSE", "ROLE_C", "HAS_ENTRY", "HAS_REACH") if given.get(key))
         ptx = compiled.asm["ptx"]
         kinds = (r"wgmma\.mma_async", r"\bmma\.sync", r"ld\.global[\w.:]*\.v4\.b32|cp\.async\.cg[\w.:]* [^;]*, 0x10")
         found = (len(re.findall(kind, ptx)) for kind in kinds)
-        self.out.append(Use(name, options, registers, stack, compiled.metadata.shared, *found))
+        self.out.append(Use(name, options, registers, stack, inner, compiled.metadata.shared, *found))
 
 
-def resources(cubin: bytes) -> tuple[int, int]:
-    """(registers per thread, bytes of stack per thread: what was spilled) of a compiled kernel."""
+def resources(cubin: bytes) -> tuple[int, int, int]:
+    """(registers per thread, bytes of stack per thread, spills inside loops) of a compiled kernel."""
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        text = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+        command = [tool, "-res-usage", "-sass", file.name]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     usage = re.search(r"REG:(\d+) STACK:(\d+)", text)
     assert usage, text
-    return int(usage.group(1)), int(usage.group(2))
+    return int(usage.group(1)), int(usage.group(2)), inner_spills(text)
+
+
+def inner_spills(sass: str) -> int:
+    """LDL and STL between the target of a backward jump and the jump."""
+    code = [(int(m[1], 16), m[2]) for m in re.finditer(r"/\*([0-9a-f]{4,})\*/ +([^;]*);", sass)]
+    jumps = [(place, re.search(r"\bBRA\b.* (0x[0-9a-f]+)", text)) for place, text in code]
+    loops = [(int(to[1], 16), place) for place, to in jumps if to and int(to[1], 16) < place]
+    spills = [place for place, text in code if re.search(r"\b(LDL|STL)\b", text)]
+    return sum(any(first <= place <= last for first, last in loops) for place in spills)
 
 
 @contextlib.contextmanager
@@ -123,7 +134,6 @@ def scan_uses(
 ) -> list[Use]:
     """Forward and backward of one 4,096-token sequence at the 8B shape (or another P and N)."""
     from polylepis.kernels.ssd import triton_backward, triton_forward, triton_scan
-    from polylepis.kernels.ssd.triton_config import chunks_of
 
     b, l, h, g = 1, 4096, 128, 8
     target, triton_scan._target = triton_scan._target, lambda: (90, int(triton.__version__.split(".")[1]))
@@ -136,28 +146,24 @@ def scan_uses(
     parameters = [new(h, dtype=torch.float32) for _ in range(3)]
     x, dt, B, C = new(b, l, h, p), new(b, l, h), new(b, l, g, n), new(b, l, g, n)
     initial = new(b, h, p, n, dtype=torch.float32)
-    uses: list[Use] = []
     try:
-        for chunk, backward in zip(chunks_of(dtype), (False, True), strict=True):
-            label = f" {str(dtype)[6:]} P{p} N{n} Q{chunk}{' packed' if packed else ''}"
-            with recording([triton_forward, triton_backward], label) as out:
-                scan = triton_scan.plan(x, dt, parameters[0], parameters[1], B, C, parameters[2], code, how, chunk)
-                scan = scan._replace(config=config or scan.config)
-                cs, scale = triton_scan.decays(scan)
-                states, final, _ = triton_scan.pass_states(scan, cs, scale, initial)
-                y = triton_scan.outputs(scan, cs, scale, states)
-                if segments and backward:
-                    reach = new(b, h, scan.chunks, dtype=torch.float32)
-                    states, _, _ = triton_scan.pass_states(scan, cs, scale, None, reach=reach)
-                    triton_scan.outputs(scan, cs, scale, states, reach, initial)
-                    triton_scan.entry_gradients(scan, cs, scale, reach, initial, y)
-                if backward:
-                    triton_scan.gradients(scan, cs, scale, states, y, final)
-            # the backward's recomputation compiles what its forward would; the forward's output only once
-            uses += out
+        scan = triton_scan.plan(x, dt, parameters[0], parameters[1], B, C, parameters[2], code, how, 0)
+        if config is not None:
+            scan = scan._replace(config=config, chunk=config.chunk)
+        label = f" {str(dtype)[6:]} P{p} N{n} Q{scan.chunk}{' packed' if packed else ''}"
+        with recording([triton_forward, triton_backward], label) as out:
+            cs, scale = triton_scan.decays(scan)
+            states, final = triton_scan.pass_states(scan, cs, scale, initial)
+            y = triton_scan.outputs(scan, cs, scale, states)
+            triton_scan.gradients(scan, cs, scale, states, y, final)
+            if segments:
+                reach = new(b, h, scan.chunks, dtype=torch.float32)
+                states, _ = triton_scan.pass_states(scan, cs, scale, None, reach=reach)
+                triton_scan.outputs(scan, cs, scale, states, reach, initial)
+                triton_scan.entry_gradients(scan, cs, scale, reach, initial, y)
     finally:
         triton_scan._target = target
-    return uses
+    return out
 
 
 def row_uses(dtype: torch.dtype) -> list[Use]:
@@ -187,9 +193,8 @@ def row_uses(dtype: torch.dtype) -> list[Use]:
 
 
 def mixer_uses(dtype: torch.dtype, packed: bool) -> list[Use]:
-    """What the layer's operator launches beside the scan's kernels: the prep of both chunk sizes, and the backward."""
+    """What the layer's operator launches beside the scan's kernels: its prep, and the backward of the convolution."""
     from polylepis.kernels.ssd import triton_mixer, triton_scan
-    from polylepis.kernels.ssd.triton_config import chunks_of
 
     b, l, h, g, inner, state = 1, 4096, 128, 8, 8192, 1024
     target, triton_scan._target = triton_scan._target, lambda: (90, int(triton.__version__.split(".")[1]))
@@ -204,30 +209,25 @@ def mixer_uses(dtype: torch.dtype, packed: bool) -> list[Use]:
     weight, bias = new(inner + 2 * state, 4), new(inner + 2 * state)
     per_head = [new(h, dtype=torch.float32) for _ in range(3)]
     how = triton_scan.Discretisation(True, True, 0.0, float("inf"))
-    uses: list[Use] = []
     try:
         conv = triton_mixer.Convolution.of((x, B, C), weight, bias, start, code, True)
         decays = triton_mixer.Decays(dt, per_head[0], per_head[1], per_head[2], code, how, g)
-        for chunk in chunks_of(dtype):
-            with recording([triton_mixer], f" {str(dtype)[6:]} Q{chunk}{' packed' if packed else ''}") as out:
-                triton_mixer.prepare(conv, decays, chunk)
-            uses += out
         with recording([triton_mixer], f" {str(dtype)[6:]}{' packed' if packed else ''}") as out:
+            triton_mixer.prepare(conv, decays, 0)
             dx, dB, dC = new(b, l, inner), new(b, l, state), new(b, l, state)
             triton_mixer.conv_gradients(conv, dx, dB, dC, new(b, l, 18560)[..., inner:-h])
-        uses += out
     finally:
         triton_scan._target = target
-    return uses
+    return out
 
 
 def table(uses: list[Use]) -> str:
     lines = [
-        "| kernel | warps, stages | registers | stack B | shared KB | programs per SM |",
-        "|---|---|---|---|---|---|",
+        "| kernel | warps, stages | registers | stack B | spills in loops | shared KB | programs per SM |",
+        "|---|---|---|---|---|---|---|",
     ]
     lines += [
-        f"| {u.kernel} | {u.options.get('num_warps')}, {u.options.get('num_stages', '–')} | {u.registers} | {u.stack}"
+        f"| {u.kernel} | {u.options.get('num_warps')}, {u.options.get('num_stages', '–')} | {u.registers} | {u.stack} | {u.inner}"
         f" | {u.shared / 1024:.0f} | {u.programs} |"
         for u in uses
     ]
