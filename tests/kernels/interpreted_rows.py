@@ -168,9 +168,12 @@ def test_norm_of_extreme_gates() -> None:
     compare(lambda backend, *t: gated_rms_norm(*t, group_size=8, backend=backend), [x, z, weight])
 
 
-@pytest.mark.parametrize("batch", [1, 3])
-def test_decode_steps(batch: int) -> None:
-    t = {k: v.detach() for k, v in draw_scan(batch, 1, 4, 5, 2, 19, F32).items()}
+@pytest.mark.parametrize("batch, p, many", [(1, 5, False), (3, 5, True), (1, 33, False), (2, 70, True)])
+def test_decode_steps(batch: int, p: int, many: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    from polylepis.kernels.ssd import triton_step
+
+    monkeypatch.setattr(triton_step, "MANY", 1 if many else 1000)
+    t = {k: v.detach() for k, v in draw_scan(batch, 1, 4, p, 2, 19, F32).items()}
     token = {k: v[:, 0] if v.dim() > 2 and k != "initial_states" else v for k, v in t.items()}
     state = token.pop("initial_states")
     for limit in ((0.0, float("inf")), (0.3, 0.9)):
