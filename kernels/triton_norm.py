@@ -3,8 +3,9 @@
 Both kernels are bound by memory: they need many bytes in flight and few instructions per byte. One program owns one
 group of channels and walks over rows, so that the weight stays in registers. A thread holds 32 channels in the forward
 and 16 in the backward: a group of 1024 is one warp's in the forward, and its sum crosses no barrier. Of groups shorter
-than a warp's share, several rows are taken at a time. The backward fetches its next rows while it computes and keeps
-the weight's gradient in float32 registers: one partial sum per program and no atomic operation.
+than a warp's share, several rows are taken at a time. The backward keeps the weight's gradient in float32 registers:
+one partial sum per program and no atomic operation. While many of its programs share an SM, some compute as
+others wait; wide groups leave room for one or two, which fetch their next row ahead.
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -20,7 +21,7 @@ from torch import Tensor
 # (and with it the last bit of the weight's gradient) does not depend on the device
 WARPS = 16 * 132
 STEPS = 4  # blocks of rows per program of the forward, where there are enough of them for several waves
-SHARED = 64 * 1024  # bytes of prefetched rows per program at most; an SM of the smallest GPUs has 99 KB
+SHARED = 96 * 1024  # bytes of rows fetched ahead per program at most; an SM of the smallest GPUs has 99 KB
 LOG2E = tl.constexpr(1.4426950408889634)
 
 
@@ -190,7 +191,7 @@ def norm_backward(
         SIZE=group_size,
         BLOCK=tile.block,
         R=tile.rows,
-        STAGES=2 if fetched <= SHARED else 1,
+        STAGES=3 if tile.warps >= 8 and 2 * fetched <= SHARED else 1,  # of 2, a copy begins where its row is needed
         num_warps=tile.warps,
     )
     return dx, dz, partial.sum(dim=0).to(weight.dtype)
