@@ -151,10 +151,9 @@ def mamba_split_conv1d_scan_combined(
         initial_states=initial_states,
         seq_idx=seq_idx,
         chunk_size=chunk_size,
-        return_final_states=True,
+        return_final_states=return_final_states,
     )
-    assert isinstance(outputs, tuple)
-    out, final, _ = outputs
+    out, final, _ = outputs if isinstance(outputs, tuple) else (outputs, None, None)
     if wide:
         bias = None if conv1d_bias is None else conv1d_bias[:inner]  # convolved again, as the operator returns no x
         xs = causal_conv1d(x, conv1d_weight[:inner], bias, activation=_activation(activation), seq_idx=seq_idx)
@@ -167,7 +166,7 @@ def mamba_split_conv1d_scan_combined(
         out = rmsnorm_fn(out, rmsnorm_weight, None, z, rmsnorm_eps, inner // ngroups)
     if outproj_weight is not None:
         out = F.linear(out.to(outproj_weight.dtype), outproj_weight, outproj_bias)
-    return (out, final) if return_final_states else out
+    return out if final is None else (out, final)
 
 
 def _check_layer(given: dict[str, Any]) -> None:
@@ -349,19 +348,17 @@ def causal_conv1d_fn(
     if x.dim() != 3:
         raise ValueError(f"x has shape {tuple(x.shape)}, expected (b, c, l)")
     expect_shape("final_states_out", final_states_out, (*x.shape[:2], weight.shape[-1] - 1))
-    out, final = _both(
-        causal_conv1d(
-            *(x.transpose(1, 2), weight, bias),
-            activation=_activation(activation),
-            seq_idx=seq_idx,
-            initial_state=initial_states,
-            return_final_state=True,
-        )
+    outputs = causal_conv1d(
+        *(x.transpose(1, 2), weight, bias),
+        activation=_activation(activation),
+        seq_idx=seq_idx,
+        initial_state=initial_states,
+        return_final_state=return_final_states,
     )
-    out = out.transpose(1, 2)
-    if not return_final_states:
-        return out
-    return out, final if final_states_out is None else final_states_out.copy_(final)
+    if isinstance(outputs, Tensor):
+        return outputs.transpose(1, 2)
+    out, final = outputs
+    return out.transpose(1, 2), final if final_states_out is None else final_states_out.copy_(final)
 
 
 @torch.no_grad()

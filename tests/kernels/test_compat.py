@@ -124,6 +124,27 @@ def test_split_conv_scan(norm: str | None) -> None:
     torch.testing.assert_close(got, y @ out_weight.T)
 
 
+@pytest.mark.parametrize("norm", [None, False, True])
+def test_split_conv_scan_with_a_skip_per_channel(norm: bool | None) -> None:
+    """Like the skip per head where its channels agree; the final states come second, and only if asked for."""
+    b, l, h, p, g, n = 1, 9, 4, 4, 2, 3
+    inner, channels = h * p, h * p + 2 * g * n
+    common = (new(b, l, inner + channels + h), new(channels, 4), new(channels), new(h), -new(h).abs())
+    options: dict[str, Any] = {"ngroups": g, "initial_states": new(b, h, p, n)}
+    if norm is not None:
+        options |= {"rmsnorm_weight": new(inner), "norm_before_gate": norm}
+    D = new(h)
+    want, final = compat.mamba_split_conv1d_scan_combined(
+        *(*common, D, 4), headdim=p, return_final_states=True, **options
+    )
+    wide = D[:, None].expand(h, p).contiguous()
+    got, again = compat.mamba_split_conv1d_scan_combined(*common, wide, 4, return_final_states=True, **options)
+    torch.testing.assert_close(got, want)
+    assert torch.equal(again, final) and final.shape == (b, h, p, n)
+    alone = compat.mamba_split_conv1d_scan_combined(*common, wide, 4, **options)
+    assert isinstance(alone, Tensor) and torch.equal(alone, got)
+
+
 def test_decoding_overwrites_the_states() -> None:
     b, h, p, g, n = 2, 4, 3, 2, 5
     state, x, z, B, C = new(b, h, p, n), new(b, h, p), new(b, h, p), new(b, g, n), new(b, g, n)
