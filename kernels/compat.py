@@ -1,7 +1,8 @@
 """The names and signatures of mamba_ssm and causal_conv1d over our kernels: a user changes one import line.
 
-Signatures: state-spaces/mamba 2.3 (``ops/triton/ssd_combined.py``, ``selective_state_update.py``) and Dao-AILab
-causal-conv1d 1.6 (``causal_conv1d_interface.py``). What is not supported raises ValueError with its name.
+Signatures: state-spaces/mamba 2.3 (``ops/triton/ssd_combined.py``, ``selective_state_update.py`` and
+``layernorm_gated.py``, whose ``RMSNorm`` is RMSNormGated here) and Dao-AILab causal-conv1d 1.6
+(``causal_conv1d_interface.py``, ``causal_conv1d_varlen.py``). What is not supported raises ValueError with its name.
 """
 
 from typing import Any
@@ -12,8 +13,8 @@ from torch import Tensor
 
 from .columns import split_columns
 from .conv import causal_conv1d, causal_conv1d_step
-from .norm import gated_rms_norm, rms_norm
-from .operators import check_tensors
+from .norm import gated_rms_norm, grouped_norm
+from .operators import check_ids, check_tensors
 from .ssd import ssd, ssd_mixer, ssd_step
 from .ssd.inputs import check_groups, expect_shape
 
@@ -43,16 +44,19 @@ def mamba_chunk_scan_combined(
 
     Args:
         x, z: (b, l, h, p). dt: (b, l, h). A: (h,). B, C: (b, l, g, n). D: (h,) or (h, p). dt_bias: (h,).
-        initial_states: (b, h, p, n). seq_idx: (b, l).
+        initial_states: (b, h, p, n). seq_idx: (b, l). cu_seqlens: ignored beside a seq_idx, as upstream does where
+            no states of sequences are asked for.
 
     Returns:
         out (b, l, h, p), or (out, final states (b, h, p, n) float32) with ``return_final_states``.
 
     Raises:
-        ValueError: cu_seqlens, return_varlen_states or state_dtype (not supported); shapes that do not fit.
+        ValueError: cu_seqlens without seq_idx, which upstream would ignore as well; return_varlen_states or
+            state_dtype (not supported); shapes that do not fit.
     """
+    packed = cu_seqlens if seq_idx is None else None
     _refuse(
-        cu_seqlens=(cu_seqlens, "name documents by seq_idx, or call polylepis.kernels.ssd.ssd, which takes cu_seqlens"),
+        cu_seqlens=(packed, "name documents by seq_idx, or call polylepis.kernels.ssd.ssd, which takes cu_seqlens"),
         return_varlen_states=(return_varlen_states or None, "run the sequences as rows of a batch"),
         state_dtype=(state_dtype, "states are kept in float32"),
     )
@@ -147,21 +151,22 @@ def mamba_split_conv1d_scan_combined(
         initial_states=initial_states,
         seq_idx=seq_idx,
         chunk_size=chunk_size,
-        return_final_states=True,
+        return_final_states=return_final_states,
     )
-    assert isinstance(outputs, tuple)
-    out, final, _ = outputs
+    out, final, _ = outputs if isinstance(outputs, tuple) else (outputs, None, None)
     if wide:
         bias = None if conv1d_bias is None else conv1d_bias[:inner]  # convolved again, as the operator returns no x
         xs = causal_conv1d(x, conv1d_weight[:inner], bias, activation=_activation(activation), seq_idx=seq_idx)
         out = (out + xs * D.flatten()).to(out.dtype)  # type: ignore[operator]
         if gated and rmsnorm_weight is not None:
             out = gated_rms_norm(out, z, rmsnorm_weight, group_size=inner // ngroups, eps=rmsnorm_eps)
-    if not gated:
-        out = _gate(out, z, rmsnorm_weight, inner // ngroups, rmsnorm_eps)
+    if rmsnorm_weight is None:
+        out = (out * F.silu(z)).to(out.dtype)
+    elif not gated:
+        out = rmsnorm_fn(out, rmsnorm_weight, None, z, rmsnorm_eps, inner // ngroups)
     if outproj_weight is not None:
         out = F.linear(out.to(outproj_weight.dtype), outproj_weight, outproj_bias)
-    return (out, final) if return_final_states else out
+    return out if final is None else (out, final)
 
 
 def _check_layer(given: dict[str, Any]) -> None:
@@ -193,15 +198,61 @@ def _check_sizes(given: dict[str, Any], inner: int, channels: int, heads: int) -
         expect_shape("outproj_weight", weight, (weight.shape[0], inner))
 
 
-def _gate(y: Tensor, z: Tensor, norm_weight: Tensor | None, group_size: int, eps: float) -> Tensor:
-    """y·silu(z), y normed before the gate where there is a weight."""
-    if norm_weight is None:
-        return (y * F.silu(z)).to(y.dtype)
-    grouped = y.unflatten(-1, (-1, group_size))
-    normal = rms_norm(grouped, norm_weight.new_ones(group_size), eps).flatten(-2)
-    return (normal * norm_weight * F.silu(z)).to(y.dtype)
+def rmsnorm_fn(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    z: Tensor | None = None,
+    eps: float = 1e-6,
+    group_size: int | None = None,
+    norm_before_gate: bool = True,
+) -> Tensor:
+    """norm(x)·weight + bias, gated: times silu(z) after it (``norm_before_gate``), or the norm of x·silu(z).
+
+    Args:
+        x, z: (..., d). weight, bias: (d,). group_size: divides d, each group is normed by itself; None is d.
+
+    Returns:
+        Like x.
+
+    Raises:
+        ValueError: shapes or group_size that do not fit.
+    """
+    expect_shape("bias", bias, tuple(x.shape[-1:]))
+    expect_shape("z", z, tuple(x.shape))
+    check_tensors(x, {"bias": bias, "z": z})
+    first = None if norm_before_gate else z
+    y = grouped_norm(x, first, weight, x.shape[-1] if group_size is None else group_size, eps)
+    if bias is not None:
+        y = (y + bias).to(x.dtype)
+    return y if z is None or not norm_before_gate else (y * F.silu(z)).to(x.dtype)
 
 
+class RMSNormGated(torch.nn.Module):
+    """The module around :func:`rmsnorm_fn`, with the parameters of upstream's: a weight of ones and no bias."""
+
+    def __init__(
+        self,
+        hidden_size: int,
+        eps: float = 1e-5,
+        group_size: int | None = None,
+        norm_before_gate: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.eps, self.group_size, self.norm_before_gate = eps, group_size, norm_before_gate
+        self.weight = torch.nn.Parameter(torch.ones(hidden_size, device=device, dtype=dtype))
+        self.register_parameter("bias", None)
+
+    def reset_parameters(self) -> None:
+        torch.nn.init.ones_(self.weight)
+
+    def forward(self, x: Tensor, z: Tensor | None = None) -> Tensor:
+        return rmsnorm_fn(x, self.weight, None, z, self.eps, self.group_size, self.norm_before_gate)
+
+
+@torch.no_grad()
 def selective_state_update(
     state: Tensor,
     x: Tensor,
@@ -215,34 +266,59 @@ def selective_state_update(
     dt_softplus: bool = False,
     state_batch_indices: Tensor | None = None,
 ) -> Tensor:
-    """One token of decoding; ``state`` is overwritten, as upstream does.
+    """One token of decoding; ``state`` is overwritten and nothing has gradients, as upstream.
 
     Args:
         state: (b, h, p, n). x, z: (b, h, p). dt: (b, h, p). A: (h, p, n). B, C: (b, g, n). D, dt_bias: (h, p).
             Mamba-2's decay is one number per head: dt, A and dt_bias have to be expanded views (stride 0 there).
+        state_batch_indices: (b,) rows of a larger ``state``, no row twice; a negative one is padding: its output is 0
+            and no state changes.
 
     Returns:
         out (b, h, p).
 
     Raises:
-        ValueError: state_batch_indices, a state without heads (Mamba-1), or dt, A, dt_bias that differ within a head.
+        ValueError: a state without heads (Mamba-1), or dt, A, dt_bias that differ within a head.
     """
-    _refuse(state_batch_indices=(state_batch_indices, "index the state before the call"))
     if state.dim() != 4:
         raise ValueError(f"state has shape {tuple(state.shape)}, expected (b, h, p, n): Mamba-1 is not supported")
-    b, h, p, n = state.shape
+    _, h, p, n = state.shape
+    b = state.shape[0] if state_batch_indices is None else x.shape[0]
     expect_shape("x", x, (b, h, p))
+    check_ids("state_batch_indices", state_batch_indices, (b,), x.device)
     for name, tensor, shape in (("A", A, (h, p, n)), ("dt", dt, (b, h, p)), ("D", D, (h, p)), ("z", z, (b, h, p))):
         expect_shape(name, tensor, shape)
     expect_shape("dt_bias", dt_bias, (h, p))
     check_tensors(x, {"D": D, "z": z})
     A_h, dt_bh = _per_head("A", A, 2), _per_head("dt", dt, 1)
     bias = None if dt_bias is None else _per_head("dt_bias", dt_bias, 1)
-    y, new_state = ssd_step(state, x, dt_bh, A_h, B, C, dt_bias=bias, dt_softplus=dt_softplus)
-    state.copy_(new_state)
-    if D is not None:
+    fused = D is None or D.stride(-1) == 0  # the step's skip is one number per head, and its gate comes after it
+    y, new_state = ssd_step(
+        *(_rows(state, state_batch_indices), x, dt_bh, A_h, B, C),
+        D=D[:, 0] if D is not None and fused else None,
+        z=z if fused else None,
+        dt_bias=bias,
+        dt_softplus=dt_softplus,
+    )
+    if D is not None and not fused:
         y = (y + D * x).to(x.dtype)
-    return y if z is None else (y * F.silu(z)).to(x.dtype)
+        y = y if z is None else (y * F.silu(z)).to(x.dtype)
+    return _overwrite(state, new_state, y, state_batch_indices)
+
+
+def _rows(state: Tensor, indices: Tensor | None) -> Tensor:
+    """The rows at ``indices``, any row for a negative one."""
+    return state if indices is None else state[indices.clamp(min=0).long()]
+
+
+def _overwrite(state: Tensor, rows: Tensor, y: Tensor, indices: Tensor | None) -> Tensor:
+    """Write ``rows`` where :func:`_rows` found them; y, 0 where an index is negative."""
+    if indices is None:
+        state.copy_(rows)
+        return y
+    real = indices >= 0
+    state[indices[real].long()] = rows[real].to(state.dtype)
+    return torch.where(real.view(-1, *(1,) * (y.dim() - 1)), y, 0)
 
 
 def causal_conv1d_fn(
@@ -272,21 +348,20 @@ def causal_conv1d_fn(
     if x.dim() != 3:
         raise ValueError(f"x has shape {tuple(x.shape)}, expected (b, c, l)")
     expect_shape("final_states_out", final_states_out, (*x.shape[:2], weight.shape[-1] - 1))
-    out, final = _both(
-        causal_conv1d(
-            *(x.transpose(1, 2), weight, bias),
-            activation=_activation(activation),
-            seq_idx=seq_idx,
-            initial_state=initial_states,
-            return_final_state=True,
-        )
+    outputs = causal_conv1d(
+        *(x.transpose(1, 2), weight, bias),
+        activation=_activation(activation),
+        seq_idx=seq_idx,
+        initial_state=initial_states,
+        return_final_state=return_final_states,
     )
-    out = out.transpose(1, 2)
-    if not return_final_states:
-        return out
-    return out, final if final_states_out is None else final_states_out.copy_(final)
+    if isinstance(outputs, Tensor):
+        return outputs.transpose(1, 2)
+    out, final = outputs
+    return out.transpose(1, 2), final if final_states_out is None else final_states_out.copy_(final)
 
 
+@torch.no_grad()
 def causal_conv1d_update(
     x: Tensor,
     conv_state: Tensor,
@@ -296,31 +371,65 @@ def causal_conv1d_update(
     cache_seqlens: Tensor | None = None,
     conv_state_indices: Tensor | None = None,
 ) -> Tensor:
-    """One token of the convolution; ``conv_state`` is overwritten, as upstream does.
+    """One token of the convolution; ``conv_state`` is overwritten and nothing has gradients, as upstream.
 
     Args:
         x: (b, c). conv_state: (b, c, k) with k >= width − 1, the last inputs. weight: (c, width). bias: (c,).
+        cache_seqlens: (b,) tokens before this one; token t is at place t modulo k of ``conv_state``, a circular
+            buffer. Without it the last input is at the last place.
+        conv_state_indices: (b,) rows of a larger ``conv_state``, no row twice; a negative one is padding: its output
+            is 0 and no state changes.
 
     Returns:
         out (b, c).
 
     Raises:
-        ValueError: cache_seqlens, conv_state_indices or several tokens (not supported); shapes that do not fit.
+        ValueError: several tokens (not supported); shapes that do not fit.
     """
-    _refuse(
-        cache_seqlens=(cache_seqlens, "the state holds the last inputs in order"),
-        conv_state_indices=(conv_state_indices, "index the state before the call"),
-    )
     if x.dim() != 2:
         raise ValueError(f"x has shape {tuple(x.shape)}, expected (b, c): one token per call")
-    recent = weight.shape[1] - 1
-    if conv_state.dim() != 3 or conv_state.shape[2] < recent:
+    if weight.dim() != 2:
+        raise ValueError(f"weight has shape {tuple(weight.shape)}, expected (c, width)")
+    recent, last = weight.shape[1] - 1, conv_state.shape[-1]
+    if conv_state.dim() != 3 or last < max(recent, cache_seqlens is not None):
         raise ValueError(f"conv_state has shape {tuple(conv_state.shape)}, expected (b, c, at least {recent})")
-    window = conv_state[..., conv_state.shape[2] - recent :]
+    for name, ids in (("cache_seqlens", cache_seqlens), ("conv_state_indices", conv_state_indices)):
+        check_ids(name, ids, (x.shape[0],), x.device)
+    held, token = _rows(conv_state, conv_state_indices), x.unsqueeze(-1).to(conv_state.dtype)
+    if cache_seqlens is None:
+        window = held[..., last - recent :]
+    else:
+        ago = torch.arange(-recent, 1, device=x.device) + cache_seqlens.long().unsqueeze(1)
+        places = ago.remainder(last).unsqueeze(1).expand(-1, held.shape[1], -1)
+        window = held.gather(2, places[..., :recent])
     y, _ = causal_conv1d_step(x, window, weight, bias, activation=_activation(activation))
-    if conv_state.shape[2]:
-        conv_state.copy_(torch.cat([conv_state[..., 1:], x.to(conv_state.dtype).unsqueeze(-1)], dim=-1))
-    return y
+    if cache_seqlens is not None:
+        held = held.scatter(2, places[..., recent:], token)
+    elif last:
+        held = torch.cat([held[..., 1:], token], dim=-1)
+    return _overwrite(conv_state, held, y, conv_state_indices)
+
+
+@torch.no_grad()
+def causal_conv1d_varlen_states(x: Tensor, cu_seqlens: Tensor, state_len: int) -> Tensor:
+    """The last ``state_len`` inputs of every packed sequence, zeros before its first; no gradients.
+
+    Args:
+        x: (tokens, c). cu_seqlens: (b + 1,) integers, the cumulative lengths from 0.
+
+    Returns:
+        (b, c, state_len) in x's dtype.
+
+    Raises:
+        ValueError: shapes that do not fit.
+    """
+    if x.dim() != 2:
+        raise ValueError(f"x has shape {tuple(x.shape)}, expected (tokens, c)")
+    check_ids("cu_seqlens", cu_seqlens, (max(1, cu_seqlens.numel()),), x.device)
+    bounds = cu_seqlens.long()
+    places = bounds[1:, None] + torch.arange(-state_len, 0, device=x.device)
+    inside = places >= bounds[:-1, None]
+    return torch.where(inside.unsqueeze(-1), x[places.clamp(min=0)], 0).transpose(1, 2)
 
 
 def _refuse(**arguments: tuple[Any, str]) -> None:

@@ -24,10 +24,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-5, *, backend: str = "au
     Raises:
         ValueError: weight is not (d,), or a backend that does not take these arguments.
     """
-    _check(x, None, weight, x.shape[-1])
-    if use_triton(backend, {"x": x, "weight": weight}, _limit(x, x.shape[-1])):
-        return norm_forward(x, None, None, weight, x.shape[-1], eps)[0]
-    return _RMSNorm.apply(x, None, weight, x.shape[-1], eps)
+    return grouped_norm(x, None, weight, x.shape[-1], eps, backend)
 
 
 def rms_norm_residual(
@@ -66,6 +63,13 @@ def gated_rms_norm(
     Raises:
         ValueError: shapes or group_size that do not fit.
     """
+    return grouped_norm(x, z, weight, group_size, eps, backend)
+
+
+def grouped_norm(
+    x: Tensor, z: Tensor | None, weight: Tensor, group_size: int, eps: float, backend: str = "auto"
+) -> Tensor:
+    """:func:`gated_rms_norm`, or without a gate."""
     _check(x, z, weight, group_size)
     if use_triton(backend, {"x": x, "z": z, "weight": weight}, _limit(x, group_size)):
         return norm_forward(x, z, None, weight, group_size, eps)[0]

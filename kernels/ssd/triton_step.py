@@ -7,10 +7,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..triton_norm import sigmoid
 from .triton_forward import softplus
 from .triton_scan import block_of
 
-ROWS = 16  # rows of a head's state per program
+# Rows of a head's state per program: few where they are needed to occupy 132 SMs, many where there are MANY heads, to
+# share the step size and the instructions around it; a program holds at most TILE values
+FEW_ROWS, MANY_ROWS, MANY, TILE = 16, 64, 4 * 132, 8192
 
 
 @triton.jit
@@ -21,9 +24,22 @@ def step_kernel(
     HAS_D: tl.constexpr, HAS_Z: tl.constexpr, HAS_BIAS: tl.constexpr, SOFTPLUS: tl.constexpr, CLAMP: tl.constexpr,
     BP: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """BP rows of one head's state; y (b, H, P) and new_state (b, H, P, N), contiguous."""
+    """BP rows of one head's state; y (b, H, P) and new_state (b, H, P, N), contiguous.
+
+    It is bound by memory: the state is asked for before anything that has to wait for the step size.
+    """
     h, b = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     p, n = tl.program_id(0) * BP + tl.arange(0, BP), tl.arange(0, BN)
+    good = (p < P)[:, None] & (n < N)[None, :]
+    old = tl.load(state + b * state_b + h * state_h + p[:, None] * state_p + n[None, :] * state_n, mask=good, other=0.0)
+    g = h // R
+    keys = tl.load(B + b * B_b + g * B_g + n * B_n, mask=n < N, other=0.0)
+    query = tl.load(C + b * C_b + g * C_g + n * C_n, mask=n < N, other=0.0)
+    values = tl.load(x + b * x_b + h * x_h + p * x_p, mask=p < P, other=0.0).to(tl.float32)
+    if HAS_Z:
+        gate = tl.load(z + b * z_b + h * z_h + p * z_p, mask=p < P, other=0.0).to(tl.float32)
+    skip = tl.load(D + h).to(tl.float32) if HAS_D else 0.0
+    rate = tl.load(A + h).to(tl.float32)
     step = tl.load(dt + b * dt_b + h * dt_h).to(tl.float32)
     if HAS_BIAS:
         step += tl.load(bias + b * bias_b + h * bias_h).to(tl.float32)
@@ -31,20 +47,13 @@ def step_kernel(
         step = softplus(step)
     if CLAMP:
         step = tl.minimum(tl.maximum(step, low), high)
-    decay = tl.exp(tl.minimum(step * tl.load(A + h).to(tl.float32), 0.0))
-    good = (p < P)[:, None] & (n < N)[None, :]
-    old = tl.load(state + b * state_b + h * state_h + p[:, None] * state_p + n[None, :] * state_n, mask=good, other=0.0)
-    values = tl.load(x + b * x_b + h * x_h + p * x_p, mask=p < P, other=0.0).to(tl.float32)
-    g = h // R
-    keys = tl.load(B + b * B_b + g * B_g + n * B_n, mask=n < N, other=0.0).to(tl.float32)
-    query = tl.load(C + b * C_b + g * C_g + n * C_n, mask=n < N, other=0.0).to(tl.float32)
-    new = old.to(tl.float32) * decay + (values * step)[:, None] * keys[None, :]
-    out = tl.sum(new * query[None, :], axis=1)
+    decay = tl.exp(tl.minimum(step * rate, 0.0))
+    new = old.to(tl.float32) * decay + (values * step)[:, None] * keys.to(tl.float32)[None, :]
+    out = tl.sum(new * query.to(tl.float32)[None, :], axis=1)
     if HAS_D:
-        out += values * tl.load(D + h).to(tl.float32)
+        out += values * skip
     if HAS_Z:
-        gate = tl.load(z + b * z_b + h * z_h + p * z_p, mask=p < P, other=0.0).to(tl.float32)
-        out = out * gate / (1.0 + tl.exp(-gate))
+        out = out * gate * sigmoid(gate)
     place = (b * H + h) * P
     tl.store(new_state + place * N + p[:, None] * N + n[None, :], new.to(new_state.dtype.element_ty), mask=good)
     tl.store(y + place + p, out.to(y.dtype.element_ty), mask=p < P)
@@ -70,7 +79,9 @@ def scan_step(
     new_state = torch.empty((b, h, p, n), dtype=state.dtype, device=x.device)
     gate = x if z is None else z
     bias_strides = (0, 0) if bias is None else (0, bias.stride(0)) if bias.dim() == 1 else bias.stride()
-    step_kernel[(triton.cdiv(p, ROWS), h, b)](
+    columns = block_of(n)
+    rows = max(1, min(MANY_ROWS if b * h >= MANY else FEW_ROWS, block_of(p), TILE // columns))
+    step_kernel[(triton.cdiv(p, rows), h, b)](
         *(state, x, dt, A.contiguous(), B, C, None if D is None else D.contiguous(), z, bias, y, new_state),
         *(h, h // B.shape[1], p, n, *state.stride(), *x.stride(), *dt.stride(), *B.stride(), *C.stride()),
         *(*gate.stride(), *bias_strides, low, high),
@@ -79,8 +90,8 @@ def scan_step(
         HAS_BIAS=bias is not None,
         SOFTPLUS=softplus_dt,
         CLAMP=True,
-        BP=ROWS,
-        BN=block_of(n),
+        BP=rows,
+        BN=columns,
         num_warps=4,
     )
     return y, new_state

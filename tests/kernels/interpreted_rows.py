@@ -119,17 +119,62 @@ def test_norms() -> None:
         compare(lambda backend, *t, i=index, r=rest: rms_norm_residual(*t, *r, backend=backend)[i], used)  # type: ignore
 
 
-def test_norm_of_many_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+# rows around the blocks of both directions and around what a program walks over: 16 channels are taken 64 rows at a
+# time by the forward and 32 by the backward, 4 blocks per program of the forward
+ROWS = [
+    *((rows, 12, 3) for rows in (1, 31, 32, 33, 63, 64, 65, 257)),
+    *((rows, 300, 2) for rows in (1, 2, 3, 9)),
+    *((rows, 600, 5) for rows in (1, 4, 5)),
+    (13, 1100, 1),
+    (7, 2100, 1),
+    (70, 1, 40),
+]
+
+
+@pytest.mark.parametrize("rows, size, groups", ROWS)
+def test_norm_of_many_rows(rows: int, size: int, groups: int, monkeypatch: pytest.MonkeyPatch) -> None:
     from polylepis.kernels import triton_norm
 
-    monkeypatch.setattr(triton_norm, "PARTS", 4)
-    x, weight = torch.randn(11, 6, requires_grad=True), torch.randn(6, requires_grad=True)
-    compare(lambda backend, *t: rms_norm(*t, backend=backend), [x, weight])
+    monkeypatch.setattr(triton_norm, "WARPS", 1)  # several rows per program, and one part or few
+    d = size * groups
+    wide, weight = torch.randn(rows, 2 * d + 8, requires_grad=True), torch.randn(d, requires_grad=True)
+
+    def norm(backend: str, wide: Tensor, weight: Tensor) -> Tensor:
+        return gated_rms_norm(wide[:, :d], wide[:, -d:], weight, group_size=size, backend=backend)
+
+    compare(norm, [wide, weight])
+    x, residual = wide.detach()[:, :d].clone().requires_grad_(), wide.detach()[:, d : 2 * d].clone().requires_grad_()
+    monkeypatch.setattr(triton_norm, "WARPS", 6)
+    compare(lambda backend, *t: rms_norm_residual(*t, backend=backend), [x, residual, weight])
 
 
-@pytest.mark.parametrize("batch", [1, 3])
-def test_decode_steps(batch: int) -> None:
-    t = {k: v.detach() for k, v in draw_scan(batch, 1, 4, 5, 2, 19, F32).items()}
+def test_gradient_of_the_gate_lands_in_rows_of_a_wider_tensor() -> None:
+    from polylepis.kernels.triton_norm import norm_backward, norm_forward
+
+    x, z, dy = (torch.randn(2, 5, 12) for _ in range(3))
+    weight, wide = torch.randn(12), torch.full((2, 5, 30), 7.0)
+    _, _, rstd = norm_forward(x, z, None, weight, 4, 1e-5)
+    want = norm_backward(dy, None, x, z, weight, rstd, 4)
+    got = norm_backward(dy, None, x, z, weight, rstd, 4, wide[..., 9:21])
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+    assert torch.equal(wide[..., 9:21], want[1])
+    assert (wide[..., :9] == 7).all() and (wide[..., 21:] == 7).all()
+
+
+def test_norm_of_extreme_gates() -> None:
+    """Where exp overflows, a gate is nothing or itself."""
+    z = torch.tensor([-200.0, -89.0, -88.0, -20.0, 0.0, 20.0, 89.0, 200.0])
+    x, weight = torch.randn(4, 8, requires_grad=True), torch.randn(8, requires_grad=True)
+    z = z.expand(4, 8).clone().requires_grad_()
+    compare(lambda backend, *t: gated_rms_norm(*t, group_size=8, backend=backend), [x, z, weight])
+
+
+@pytest.mark.parametrize("batch, p, many", [(1, 5, False), (3, 5, True), (1, 33, False), (2, 70, True)])
+def test_decode_steps(batch: int, p: int, many: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    from polylepis.kernels.ssd import triton_step
+
+    monkeypatch.setattr(triton_step, "MANY", 1 if many else 1000)
+    t = {k: v.detach() for k, v in draw_scan(batch, 1, 4, p, 2, 19, F32).items()}
     token = {k: v[:, 0] if v.dim() > 2 and k != "initial_states" else v for k, v in t.items()}
     state = token.pop("initial_states")
     for limit in ((0.0, float("inf")), (0.3, 0.9)):

@@ -76,6 +76,9 @@ def test_convolution_norms_and_steps(dtype: torch.dtype) -> None:
     uses = row_uses(dtype)
     assert len({use.kernel.split()[0] for use in uses}) == 6
     check(uses)
+    for use in uses:
+        if use.kernel.startswith("norm"):  # 16-byte loads, and enough warps on an SM to wait for memory together
+            assert use.wide >= 8 and use.programs * use.options["num_warps"] >= 16, use
 
 
 def test_candidates() -> None:
