@@ -25,16 +25,6 @@ def visible(code, b, first, j, i, L, HAS_CODE: tl.constexpr):
 
 
 @triton.jit
-def similarities(
-    b_rows, C_, code, b, first, j, i, n, L, N: tl.constexpr, C_l, HAS_CODE: tl.constexpr, DOT: tl.constexpr,
-):  # fmt: skip
-    """B_j·C_i where i sees j, else 0."""
-    columns = token_columns(C_, i, first + i < L, n, C_l, N, DOT)
-    similarity = tl.dot(b_rows, columns, input_precision="tf32x3")
-    return tl.where(visible(code, b, first, j, i, L, HAS_CODE), similarity, 0.0)
-
-
-@triton.jit
 def near_block(x_rows, dy_rows, similarity, dsimilarity, own, skip, since, until, scales, DOT: tl.constexpr):
     """Inputs j against outputs i of their tile: (weights, dsimilarity, diagonal, column sums, row sums), the diagonal
     x_j·dy_i, the sums without it."""
@@ -74,13 +64,13 @@ def dx_tile(
     What passes from one tile to the next is factorised at the last token of the first, as in the forward. The outputs
     come in blocks of half a tile, which leaves registers.
     """
-    HALF: tl.constexpr = ROWS // 2
+    BLOCK: tl.constexpr = ROWS // 2 if ROWS > 16 else ROWS
+    NEAR: tl.constexpr = ROWS // BLOCK
+    BLOCKS: tl.constexpr = 2 * NEAR if FAR else NEAR
     c, b = (tl.program_id(0) // (Q // ROWS)).to(tl.int64), tl.program_id(2).to(tl.int64)
     h_first = tl.program_id(1) * HEADS
     g = (h_first // R).to(tl.int64)
-    j = start + tl.arange(0, ROWS)
-    i_1 = start + tl.arange(0, HALF)
-    i_2, i_3, i_4 = i_1 + HALF, i_1 + ROWS, i_1 + ROWS + HALF
+    j, i = start + tl.arange(0, ROWS), start + tl.arange(0, BLOCK)
     p, n = tl.arange(0, BP), tl.arange(0, BN)
     first = c * Q
     B += b * B_b + g * B_g + first * B_l
@@ -92,17 +82,18 @@ def dx_tile(
         segment, j_real = token_codes(code, b, first + j, L)
         kept = segment == last
     b_rows = token_rows(B, j, j_in, n, B_l, N, DOT)
-    sim_1 = similarities(b_rows, C_, code, b, first, j, i_1, n, L, N, C_l, HAS_CODE, DOT)
-    sim_2 = similarities(b_rows, C_, code, b, first, j, i_2, n, L, N, C_l, HAS_CODE, DOT)
     # The diagonal, often the largest entry, cancels in d(cs) by itself; leaving it in would leave its rounding error.
-    own_1, own_2 = i_1[None, :] == j[:, None], i_2[None, :] == j[:, None]
-    unit = tl.sum(tl.where(own_1, sim_1, 0.0), axis=1) + tl.sum(tl.where(own_2, sim_2, 0.0), axis=1)
-    sim_1, sim_2 = tl.where(own_1, 0.0, sim_1), tl.where(own_2, 0.0, sim_2)
-    dsim_1, dsim_2 = tl.zeros((ROWS, HALF), dtype=tl.float32), tl.zeros((ROWS, HALF), dtype=tl.float32)
-    if FAR:
-        sim_3 = similarities(b_rows, C_, code, b, first, j, i_3, n, L, N, C_l, HAS_CODE, DOT)
-        sim_4 = similarities(b_rows, C_, code, b, first, j, i_4, n, L, N, C_l, HAS_CODE, DOT)
-        dsim_3, dsim_4 = tl.zeros((ROWS, HALF), dtype=tl.float32), tl.zeros((ROWS, HALF), dtype=tl.float32)
+    unit = tl.zeros((ROWS,), dtype=tl.float32)
+    sims, dsims = (), ()
+    for k in tl.static_range(BLOCKS):
+        columns = token_columns(C_, i + k * BLOCK, first + i + k * BLOCK < L, n, C_l, N, DOT)
+        similarity = tl.dot(b_rows, columns, input_precision="tf32x3")
+        similarity = tl.where(visible(code, b, first, j, i + k * BLOCK, L, HAS_CODE), similarity, 0.0)
+        if k < NEAR:
+            own = i[None, :] + k * BLOCK == j[:, None]
+            unit += tl.sum(tl.where(own, similarity, 0.0), axis=1)
+            similarity = tl.where(own, 0.0, similarity)
+        sims, dsims = sims + (similarity,), dsims + (tl.zeros((ROWS, BLOCK), dtype=tl.float32),)
     for r in tl.range(0, HEADS, num_stages=STAGES):
         h = (h_first + r).to(tl.int64)
         line = (b * H + h) * Lp + first
@@ -110,67 +101,54 @@ def dx_tile(
         until = tl.load(cs + line + Q - 1)
         dy_head = dy + b * dy_b + h * dy_h + first * dy_l
         x_rows = token_rows(x + b * x_b + h * x_h + first * x_l, j, j_in, p, x_l, P, DOT)
-        dy_1 = token_rows(dy_head, i_1, first + i_1 < L, p, dy_l, P, DOT)
-        dy_2 = token_rows(dy_head, i_2, first + i_2 < L, p, dy_l, P, DOT)
         cell = p[None, :] * N + n[:, None]
         in_state = (p < P)[None, :] & (n < N)[:, None]
         left = tl.load(dleft + ((b * C + c) * H + h) * P * N + cell, mask=in_state, other=0.0).to(DOT)
         du = tl.dot(b_rows, left, input_precision="tf32x3")
+        sums, traces = tl.zeros((ROWS,), dtype=tl.float32), tl.zeros((ROWS,), dtype=tl.float32)
+        near, far = (), ()
         if FAR:
             middle = tl.load(cs + line + ROWS - 1)
             reach = tl.exp2(tl.minimum(middle - since, 0.0))
-            passed = reach * scales
             du = du * tl.where(kept, tl.exp2(tl.minimum(until - middle, 0.0)), 0.0)[:, None]
-            dy_3 = token_rows(dy_head, i_3, first + i_3 < L, p, dy_l, P, DOT)
-            further = tl.exp2(tl.minimum(tl.load(cs + line + i_3) - middle, 0.0))
-            weights, dsim_3, shares, rows = far_block(x_rows, dy_3, sim_3, dsim_3, further, passed, DOT)
-            tl.store(dfar + line + i_3, rows)
-            du = tl.dot(weights, dy_3, du, input_precision="tf32x3")
-            dy_4 = token_rows(dy_head, i_4, first + i_4 < L, p, dy_l, P, DOT)
-            further = tl.exp2(tl.minimum(tl.load(cs + line + i_4) - middle, 0.0))
-            weights, dsim_4, more, rows = far_block(x_rows, dy_4, sim_4, dsim_4, further, passed, DOT)
-            tl.store(dfar + line + i_4, rows)
-            du = tl.dot(weights, dy_4, du, input_precision="tf32x3") * passed[:, None]
-            shares = (shares + more) * reach
+            for k in tl.static_range(NEAR, BLOCKS):
+                dy_rows = token_rows(dy_head, i + k * BLOCK, first + i + k * BLOCK < L, p, dy_l, P, DOT)
+                further = tl.exp2(tl.minimum(tl.load(cs + line + i + k * BLOCK) - middle, 0.0))
+                weights, dsimilarity, shares, rows = far_block(
+                    x_rows, dy_rows, sims[k], dsims[k], further, reach * scales, DOT
+                )
+                tl.store(dfar + line + i + k * BLOCK, rows)
+                du = tl.dot(weights, dy_rows, du, input_precision="tf32x3")
+                far, sums = far + (dsimilarity,), sums + shares
+            sums = sums * reach
+            du = du * (reach * scales)[:, None]
         else:
             du = du * tl.where(kept, tl.exp2(tl.minimum(until - since, 0.0)) * scales, 0.0)[:, None]
         skip = unit * scales
         if HAS_D:
             # D joins the diagonal of the weights, and dD sums the diagonal of the products x_j·dy_i
             skip += tl.where(j_real, tl.load(D + h).to(tl.float32), 0.0)
-        weights, dsim_1, diagonal, columns, rows = near_block(
-            x_rows, dy_1, sim_1, dsim_1, own_1, skip, since, tl.load(cs + line + i_1), scales, DOT
-        )
-        tl.store(drow + line + i_1, rows)
-        du = tl.dot(weights, dy_1, du, input_precision="tf32x3")
-        weights, dsim_2, traces, shares_2, rows = near_block(
-            x_rows, dy_2, sim_2, dsim_2, own_2, skip, since, tl.load(cs + line + i_2), scales, DOT
-        )
-        tl.store(drow + line + i_2, rows)
-        du = tl.dot(weights, dy_2, du, input_precision="tf32x3")
-        diagonal, columns = diagonal + traces, columns + shares_2
-        if FAR:
-            columns += shares
-        tl.store(dcol + line + j, columns * scales)
-        tl.store(dscale + line + j, columns + diagonal * unit)
+        for k in tl.static_range(NEAR):
+            dy_rows = token_rows(dy_head, i + k * BLOCK, first + i + k * BLOCK < L, p, dy_l, P, DOT)
+            weights, dsimilarity, trace, shares, rows = near_block(
+                x_rows, dy_rows, sims[k], dsims[k], i[None, :] + k * BLOCK == j[:, None], skip, since,
+                tl.load(cs + line + i + k * BLOCK), scales, DOT,
+            )  # fmt: skip
+            tl.store(drow + line + i + k * BLOCK, rows)
+            du = tl.dot(weights, dy_rows, du, input_precision="tf32x3")
+            near, sums, traces = near + (dsimilarity,), sums + shares, traces + trace
+        dsims = near + far
+        tl.store(dcol + line + j, sums * scales)
+        tl.store(dscale + line + j, sums + traces * unit)
         if HAS_D:
-            tl.store(dskip + line + j, diagonal)
+            tl.store(dskip + line + j, traces)
         place = ((b * L + first) * H + h) * P + j[:, None] * (H * P) + p[None, :]
         tl.store(dx + place, du.to(dx.dtype.element_ty), mask=j_in[:, None] & (p < P)[None, :])
     split = (h_first % R) // HEADS
     table = dsim + (((split * tl.num_programs(2) + b) * (H // R) + g) * Lp + first) * Q + j[:, None] * Q
-    store_seen(table, dsim_1, code, b, first, j, i_1, L, HAS_CODE)
-    store_seen(table, dsim_2, code, b, first, j, i_2, L, HAS_CODE)
-    if FAR:
-        store_seen(table, dsim_3, code, b, first, j, i_3, L, HAS_CODE)
-        store_seen(table, dsim_4, code, b, first, j, i_4, L, HAS_CODE)
-
-
-@triton.jit
-def store_seen(table, values, code, b, first, j, i, L, HAS_CODE: tl.constexpr):
-    """Write values where i sees j, else 0, to the columns i of the rows j."""
-    values = tl.where(visible(code, b, first, j, i, L, HAS_CODE), values, 0.0)
-    tl.store(table + i[None, :], values.to(table.dtype.element_ty))
+    for k in tl.static_range(BLOCKS):
+        seen = visible(code, b, first, j, i + k * BLOCK, L, HAS_CODE)
+        tl.store(table + i[None, :] + k * BLOCK, tl.where(seen, dsims[k], 0.0).to(dsim.dtype.element_ty))
 
 
 @triton.jit

@@ -43,14 +43,14 @@ def code(l: int = 18) -> Tensor:
 def scan(save: bool = False) -> Arguments:
     t = draw(1, 18, 2, 3, 1, 2, torch.float32)
     names = ("x", "dt", "A", "dt_bias", "B", "C", "D", "initial_states")
-    return (*(t[n] for n in names), code(), True, True, 0.0, INFINITE, 16, 16, save)
+    return (*(t[n] for n in names), code(), True, True, 0.0, INFINITE, 16, save)
 
 
 def mixer(save: bool = True, left_out: tuple[str, ...] = ("z", "norm_weight", "conv_bias", "D")) -> Arguments:
     t = mixer_cases.draw(1, 18, 2, 3, 1, 2)
     order = "x B C dt z conv_weight conv_bias conv_state code A dt_bias D initial_states code norm_weight".split()
     tensors = [code() if name == "code" else None if name in left_out else t[name] for name in order]
-    return (*tensors, 1, 3, 1e-5, True, True, 0.0, INFINITE, 16, 16, save)
+    return (*tensors, 1, 3, 1e-5, True, True, 0.0, INFINITE, 16, save)
 
 
 def chunk() -> Arguments:

@@ -164,6 +164,42 @@ def test_non_contiguous_slices() -> None:
         assert_close((got,), (want,), TOLERANCE)
 
 
+@pytest.fixture
+def poisoned() -> Iterator[None]:
+    """Memory that nobody has written holds NaN."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def guarded(t: Tensor) -> Tensor:
+    """A leaf of t's values, amid NaN before, between and behind its tokens and channels; per-head tensors as they are."""
+    if t.dim() < 3:
+        return t.detach().requires_grad_()
+    wide = torch.full((t.shape[0], t.shape[1] + 40, *(size + 3 for size in t.shape[2:])), torch.nan)
+    view = wide[:, 4 : 4 + t.shape[1]][(..., *(slice(1, 1 + size) for size in t.shape[2:]))]
+    return view.copy_(t.detach()).detach().requires_grad_()
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("save", [False, True])
+@pytest.mark.parametrize("ids", [None, packed((0, 20), (-1, 9), (1, 8))], ids=["one document", "documents"])
+def test_nothing_unwritten_or_outside_is_read(ids: Tensor | None, save: bool) -> None:
+    """The last chunk ends inside its first tile, and channels, heads and states are no powers of two."""
+    assert torch.empty(3).isnan().all()
+    t = {name: tensor for name, tensor in draw(2, 37, 6, 5, 2, 19, F32).items() if name != "z"}
+    ids = None if ids is None else ids.expand(2, -1)
+    results = []
+    for tensors, function in (({k: guarded(v) for k, v in t.items()}, triton), (exact(t), ssd_reference)):
+        options = {"save_states": save} if function is triton else {}
+        out = function(**tensors, dt_softplus=True, seq_idx=ids, return_final_states=True, **options)
+        rng = torch.Generator().manual_seed(1)
+        weights = [torch.randn(o.shape, generator=rng) for o in out]
+        grads = [guarded(weights[0]) if function is triton else weights[0].double(), weights[1].to(out[1].dtype)]
+        results.append([*(o.detach() for o in out), *torch.autograd.grad(out, list(tensors.values()), grads)])
+    assert_close(*results, TOLERANCE)
+
+
 def test_dt_limit_clamps() -> None:
     t = draw(1, 20, 2, 3, 1, 2, F32)
     want = run(ssd_reference, exact(t), dt_limit=(0.3, 0.9))
