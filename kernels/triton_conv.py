@@ -11,11 +11,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-TOKENS, CHANNELS = 32, 512  # of a program of the forward; four channels per thread, loads of 8 bytes
-WALKED, LEAST, PARTS = 128, 64, 64  # backward: channels and tokens of a program at least, parts of a row at most
+# A warp takes 128 channels, so that a thread loads 8 bytes of a row; rows of AHEAD tokens are on their way
+TOKENS, CHANNELS, AHEAD = 32, 128, 4  # forward: tokens of a program, channels of each of its warps
+WALKED, LEAST, PARTS = 128, 64, 64  # backward, one warp: channels; tokens at least, a multiple of AHEAD; parts of a row
 SUMMED_PARTS, SUMMED = 32, 128  # parts at a time and channels of a program that adds up the partial sums
 STEPPED = 64  # channels of a program of a decode step
-AHEAD = 4  # rows on their way per program
+WARPS = 4
 
 
 @triton.jit
@@ -396,13 +397,14 @@ def conv_forward(
     bias, initial = (None if t is None else t.contiguous() for t in (bias, initial))
     b, l, c = x.shape
     y = torch.empty((b, l, c), dtype=x.dtype, device=x.device)
-    conv_kernel[(triton.cdiv(l, TOKENS) * triton.cdiv(c, CHANNELS), b)](
+    block = CHANNELS * WARPS
+    conv_kernel[(triton.cdiv(l, TOKENS) * triton.cdiv(c, block), b)](
         *(x, weight, bias, initial, code, y, l, c, x.stride(0), x.stride(1)),
         **conv_flags(bias, initial, code, silu, weight.shape[1]),
         BT=TOKENS,
-        BC=CHANNELS,
+        BC=block,
         AHEAD=AHEAD,
-        num_warps=4,
+        num_warps=WARPS,
     )
     return y
 
@@ -434,7 +436,7 @@ def conv_backward(
     )
     dweight, dbias = torch.empty_like(weight), weight.new_empty(c)
     conv_parameters_kernel[(triton.cdiv(c, SUMMED), width + 1)](
-        *(partial, dweight, dbias, b * parts, c), WIDTH=width, BP=SUMMED_PARTS, BC=SUMMED, num_warps=4
+        *(partial, dweight, dbias, b * parts, c), WIDTH=width, BP=SUMMED_PARTS, BC=SUMMED, num_warps=WARPS
     )
     return dx, dweight, dbias, dinitial
 
@@ -452,6 +454,6 @@ def conv_step(x: Tensor, state: Tensor, weight: Tensor, bias: Tensor | None, sil
         WIDTH=width,
         HAS_BIAS=bias is not None,
         BC=STEPPED,
-        num_warps=4,
+        num_warps=WARPS,
     )
     return y, new_state

@@ -21,6 +21,7 @@ from ..triton_conv import (
     SUMMED_PARTS,
     TOKENS,
     WALKED,
+    WARPS,
     by_channel,
     conv_flags,
     conv_parameters_kernel,
@@ -201,8 +202,8 @@ def prepare(conv: Convolution, decays: Decays, chunk: int) -> tuple[Tensor, Scan
     scale = torch.empty_like(cs)
     how = dict(scan.how.flags)
     how.pop("DISCRETISE")
-    programs = scan.chunks * triton.cdiv(h, launch.rows)
-    mixer_prep_kernel[(programs + triton.cdiv(l, TOKENS) * conv.blocks(CHANNELS), b)](
+    programs, block = scan.chunks * triton.cdiv(h, launch.rows), CHANNELS * launch.warps
+    mixer_prep_kernel[(programs + triton.cdiv(l, TOKENS) * conv.blocks(block), b)](
         *(conv.x, conv.B, conv.C, conv.weight, conv.bias, conv.initial, conv.code, convolved),
         *(scan.first, scan.second, scan.bias, scan.code, cs, scale, l, inner, state, h, scan.padded, programs),
         *(*conv.strides, *scan.first.stride(), scan.second.stride(0), scan.how.low, scan.how.high),
@@ -212,7 +213,7 @@ def prepare(conv: Convolution, decays: Decays, chunk: int) -> tuple[Tensor, Scan
         Q=scan.chunk,
         BH=launch.rows,
         BT=TOKENS,
-        BC=CHANNELS,
+        BC=block,
         AHEAD=AHEAD,
         num_warps=launch.warps,
     )
@@ -237,6 +238,6 @@ def conv_gradients(
     )
     dweight, dbias = torch.empty_like(conv.weight), conv.weight.new_empty(channels)
     conv_parameters_kernel[(triton.cdiv(channels, SUMMED), width + 1)](
-        *(partial, dweight, dbias, b * parts, channels), WIDTH=width, BP=SUMMED_PARTS, BC=SUMMED, num_warps=4
+        *(partial, dweight, dbias, b * parts, channels), WIDTH=width, BP=SUMMED_PARTS, BC=SUMMED, num_warps=WARPS
     )
     return dweight, dbias, dinitial
