@@ -15,14 +15,18 @@ import triton.language as tl
 from torch import Tensor
 
 from ..triton_conv import (
+    AHEAD,
     CHANNELS,
+    SUMMED,
+    SUMMED_PARTS,
     TOKENS,
     WALKED,
+    WARPS,
     by_channel,
     conv_flags,
+    conv_parameters_kernel,
     conv_tile,
     conv_walk,
-    parameter_gradients,
     walks,
 )
 from .triton_forward import prep_tile
@@ -31,12 +35,13 @@ from .triton_scan import Discretisation, Scan, plan
 
 @triton.jit
 def mixer_prep_kernel(
-    x, B, C_, weight, bias, initial, code, convolved, dt, A, dt_bias, segments, cs, scale, L, I, S, H, Lp,
+    x, B, C_, weight, bias, initial, code, convolved, dt, A, dt_bias, segments, cs, scale, L, I: tl.constexpr,
+    S: tl.constexpr, H, Lp,
     DECAYS,  # programs that work on decays: chunks × blocks of heads; the others convolve
-    x_b, x_l, B_b, B_l, C_b, C_l, dt_b, dt_l, dt_h, A_h, low, high, SILU: tl.constexpr, WIDTH: tl.constexpr,
-    HAS_BIAS: tl.constexpr, HAS_INITIAL: tl.constexpr, HAS_CODE: tl.constexpr, SOFTPLUS: tl.constexpr,
-    CLAMP: tl.constexpr, HAS_DT_BIAS: tl.constexpr, Q: tl.constexpr, BH: tl.constexpr, BT: tl.constexpr,
-    BC: tl.constexpr,
+    x_b, x_l: tl.constexpr, B_b, B_l: tl.constexpr, C_b, C_l: tl.constexpr, dt_b, dt_l, dt_h, A_h, low, high,
+    SILU: tl.constexpr, WIDTH: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_INITIAL: tl.constexpr,
+    HAS_CODE: tl.constexpr, SOFTPLUS: tl.constexpr, CLAMP: tl.constexpr, HAS_DT_BIAS: tl.constexpr, Q: tl.constexpr,
+    BH: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
     """x (b, L, I), B and C (b, L, S) → convolved (b, L, I + 2S), contiguous; dt (b, L, H) → cs and scale."""
     program, b = tl.program_id(0), tl.program_id(1).to(tl.int64)
@@ -51,79 +56,75 @@ def mixer_prep_kernel(
     else:
         conv_block(
             x, B, C_, weight, bias, initial, code, convolved, program - DECAYS, b, L, I, S, x_b, x_l, B_b, B_l, C_b,
-            C_l, SILU, WIDTH, HAS_BIAS, HAS_INITIAL, HAS_CODE, BT, BC,
+            C_l, SILU, WIDTH, HAS_BIAS, HAS_INITIAL, HAS_CODE, BT, BC, AHEAD,
         )  # fmt: skip
+
+
+@triton.jit
+def choose(part, x, B, C_):
+    """A scalar or pointer of x (part 0), B (1) or C (2): one body of code for the three, none of which is a branch."""
+    return tl.where(part == 0, x, tl.where(part == 1, B, C_))
+
+
+@triton.jit
+def part_of(block, I: tl.constexpr, S: tl.constexpr, BC: tl.constexpr):
+    """(part, its first channel, its channels, those of the block within it); no block spans two parts."""
+    of_x, of_B = tl.cdiv(I, BC), tl.cdiv(S, BC)
+    part = (block >= of_x).to(tl.int32) + (block >= of_x + of_B).to(tl.int32)
+    ch = (block - choose(part, 0, of_x, of_x + of_B)) * BC + tl.arange(0, BC)
+    return part, choose(part, 0, I, I + S), choose(part, I, S, S), ch
 
 
 @triton.jit
 def conv_block(
-    x, B, C_, weight, bias, initial, code, convolved, number, b, L, I, S, x_b, x_l, B_b, B_l, C_b, C_l,
-    SILU: tl.constexpr, WIDTH: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_INITIAL: tl.constexpr,
-    HAS_CODE: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr,
+    x, B, C_, weight, bias, initial, code, convolved, number, b, L, I: tl.constexpr, S: tl.constexpr, x_b, x_l, B_b,
+    B_l, C_b, C_l, SILU: tl.constexpr, WIDTH: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_INITIAL: tl.constexpr,
+    HAS_CODE: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
-    """Block ``number`` of the convolution; no block spans two of x, B and C."""
-    of_x, of_B, total = tl.cdiv(I, BC), tl.cdiv(S, BC), I + 2 * S
-    first = (number // (of_x + 2 * of_B)).to(tl.int64) * BT
-    block = number % (of_x + 2 * of_B)
-    r, k = tl.arange(0, BT), tl.arange(0, BC)
-    y = convolved + b * L * total
+    """Block ``number`` of the convolution."""
+    blocks = tl.cdiv(I, BC) + 2 * tl.cdiv(S, BC)
+    start = (number // blocks).to(tl.int64) * BT
+    part, base, channels, ch = part_of(number % blocks, I, S, BC)
+    source = choose(part, x + b * x_b, B + b * B_b, C_ + b * C_b)
+    weight += base * WIDTH
+    if HAS_BIAS:
+        bias += base
     if HAS_INITIAL:
-        initial += b * total * (WIDTH - 1)
+        initial += (b * (I + 2 * S) + base) * (WIDTH - 1)
     if HAS_CODE:
         code += b * L
-    if block < of_x:
-        conv_tile(
-            x + b * x_b, weight, bias, initial, code, y, first, r, block * BC + k, 0, L, I, x_l, total, SILU, WIDTH,
-            HAS_BIAS, HAS_INITIAL, HAS_CODE,
-        )  # fmt: skip
-    elif block < of_x + of_B:
-        conv_tile(
-            B + b * B_b, weight, bias, initial, code, y, first, r, (block - of_x) * BC + k, I, L, S, B_l, total, SILU,
-            WIDTH, HAS_BIAS, HAS_INITIAL, HAS_CODE,
-        )  # fmt: skip
-    else:
-        conv_tile(
-            C_ + b * C_b, weight, bias, initial, code, y, first, r, (block - of_x - of_B) * BC + k, I + S, L, S, C_l,
-            total, SILU, WIDTH, HAS_BIAS, HAS_INITIAL, HAS_CODE,
-        )  # fmt: skip
+    conv_tile(
+        source, weight, bias, initial, code, convolved + (b * L * (I + 2 * S) + base), start, ch, L, channels,
+        choose(part, x_l, B_l, C_l), I + 2 * S, SILU, WIDTH, HAS_BIAS, HAS_INITIAL, HAS_CODE, BT, AHEAD,
+    )  # fmt: skip
 
 
 @triton.jit
 def mixer_conv_backward_kernel(
-    x, B, C_, weight, bias, initial, code, dx, dB, dC, out, dinitial, partial, L, I, S, x_b, x_l, B_b, B_l, C_b, C_l,
-    out_b, out_l, TOKENS_HERE, SILU: tl.constexpr, WIDTH: tl.constexpr, HAS_BIAS: tl.constexpr,
-    HAS_INITIAL: tl.constexpr, HAS_CODE: tl.constexpr, BC: tl.constexpr,
+    x, B, C_, weight, bias, initial, code, dx, dB, dC, out, dinitial, partial, L, I: tl.constexpr, S: tl.constexpr, x_b,
+    x_l: tl.constexpr, B_b, B_l: tl.constexpr, C_b, C_l: tl.constexpr, out_b, out_l: tl.constexpr, TOKENS_HERE,
+    SILU: tl.constexpr, WIDTH: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_INITIAL: tl.constexpr,
+    HAS_CODE: tl.constexpr, BC: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
     """From dx (b, L, I), dB and dC (b, L, S), contiguous, to out: (b, L, I + 2S) by its strides."""
-    part, b = tl.program_id(0), tl.program_id(2).to(tl.int64)
-    block, k = tl.program_id(1), tl.arange(0, BC)
-    of_x, of_B, total = tl.cdiv(I, BC), tl.cdiv(S, BC), I + 2 * S
-    start = part.to(tl.int64) * TOKENS_HERE
-    partial += (b * tl.num_programs(0) + part) * 5 * total
-    out += b * out_b
+    walk, b = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
+    part, base, channels, ch = part_of(tl.program_id(0), I, S, BC)
+    source = choose(part, x + b * x_b, B + b * B_b, C_ + b * C_b)
+    slopes = choose(part, dx + b * L * I, dB + b * L * S, dC + b * L * S)
+    weight += base * WIDTH
+    partial += (b * tl.num_programs(1) + walk) * (WIDTH + 1) * (I + 2 * S) + base
+    if HAS_BIAS:
+        bias += base
     if HAS_CODE:
         code += b * L
     if HAS_INITIAL:
-        initial += b * total * (WIDTH - 1)
-        dinitial += b * total * (WIDTH - 1)
-        start -= WIDTH - 1
-    if block < of_x:
-        conv_walk(
-            x + b * x_b, weight, bias, initial, code, dx + b * L * I, out, dinitial, partial, start, block * BC + k, 0,
-            L, I, total, x_l, I, out_l, TOKENS_HERE, SILU, WIDTH, HAS_BIAS, HAS_INITIAL, HAS_CODE, BC,
-        )  # fmt: skip
-    elif block < of_x + of_B:
-        conv_walk(
-            B + b * B_b, weight, bias, initial, code, dB + b * L * S, out + I, dinitial, partial, start,
-            (block - of_x) * BC + k, I, L, S, total, B_l, S, out_l, TOKENS_HERE, SILU, WIDTH, HAS_BIAS, HAS_INITIAL,
-            HAS_CODE, BC,
-        )  # fmt: skip
-    else:
-        conv_walk(
-            C_ + b * C_b, weight, bias, initial, code, dC + b * L * S, out + I + S, dinitial, partial, start,
-            (block - of_x - of_B) * BC + k, I + S, L, S, total, C_l, S, out_l, TOKENS_HERE, SILU, WIDTH, HAS_BIAS,
-            HAS_INITIAL, HAS_CODE, BC,
-        )  # fmt: skip
+        initial += (b * (I + 2 * S) + base) * (WIDTH - 1)
+        dinitial += (b * (I + 2 * S) + base) * (WIDTH - 1)
+    conv_walk(
+        source, weight, bias, initial, code, slopes, out + b * out_b + base, dinitial, partial, walk * TOKENS_HERE, ch,
+        L, channels, I + 2 * S, choose(part, x_l, B_l, C_l), channels, out_l, TOKENS_HERE, SILU, WIDTH, HAS_BIAS,
+        HAS_INITIAL, HAS_CODE, AHEAD,
+    )  # fmt: skip
 
 
 class Convolution(NamedTuple):
@@ -201,8 +202,8 @@ def prepare(conv: Convolution, decays: Decays, chunk: int) -> tuple[Tensor, Scan
     scale = torch.empty_like(cs)
     how = dict(scan.how.flags)
     how.pop("DISCRETISE")
-    programs = scan.chunks * triton.cdiv(h, launch.rows)
-    mixer_prep_kernel[(programs + triton.cdiv(l, TOKENS) * conv.blocks(CHANNELS), b)](
+    programs, block = scan.chunks * triton.cdiv(h, launch.rows), CHANNELS * launch.warps
+    mixer_prep_kernel[(programs + triton.cdiv(l, TOKENS) * conv.blocks(block), b)](
         *(conv.x, conv.B, conv.C, conv.weight, conv.bias, conv.initial, conv.code, convolved),
         *(scan.first, scan.second, scan.bias, scan.code, cs, scale, l, inner, state, h, scan.padded, programs),
         *(*conv.strides, *scan.first.stride(), scan.second.stride(0), scan.how.low, scan.how.high),
@@ -212,7 +213,8 @@ def prepare(conv: Convolution, decays: Decays, chunk: int) -> tuple[Tensor, Scan
         Q=scan.chunk,
         BH=launch.rows,
         BT=TOKENS,
-        BC=CHANNELS,
+        BC=block,
+        AHEAD=AHEAD,
         num_warps=launch.warps,
     )
     return convolved, scan, cs, scale
@@ -222,15 +224,20 @@ def conv_gradients(
     conv: Convolution, dx: Tensor, dB: Tensor, dC: Tensor, out: Tensor
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """dweight, dbias and dinitial; the gradients of x, B and C go into ``out`` (b, l, i + 2s), channels contiguous."""
-    (b, l, inner), state = conv.x.shape, conv.B.shape[2]
-    tokens, parts = walks(l, conv.weight.shape[1], conv.initial)
+    (b, l, inner), state, (channels, width) = conv.x.shape, conv.B.shape[2], conv.weight.shape
+    tokens, parts = walks(l)
     dinitial = None if conv.initial is None else torch.empty_like(conv.initial)
-    partial = conv.x.new_empty(b, parts, 5, inner + 2 * state, dtype=torch.float32)
-    mixer_conv_backward_kernel[(parts, conv.blocks(WALKED), b)](
+    partial = conv.x.new_empty(b * parts, width + 1, channels, dtype=torch.float32)
+    mixer_conv_backward_kernel[(conv.blocks(WALKED), parts, b)](
         *(conv.x, conv.B, conv.C, conv.weight, conv.bias, conv.initial, conv.code, dx, dB, dC, out, dinitial, partial),
         *(l, inner, state, *conv.strides, out.stride(0), out.stride(1), tokens),
         **conv.flags,
         BC=WALKED,
-        num_warps=4,
+        AHEAD=AHEAD,
+        num_warps=1,
     )
-    return *parameter_gradients(partial, conv.weight), dinitial
+    dweight, dbias = torch.empty_like(conv.weight), conv.weight.new_empty(channels)
+    conv_parameters_kernel[(triton.cdiv(channels, SUMMED), width + 1)](
+        *(partial, dweight, dbias, b * parts, channels), WIDTH=width, BP=SUMMED_PARTS, BC=SUMMED, num_warps=WARPS
+    )
+    return dweight, dbias, dinitial

@@ -95,12 +95,13 @@ def test_a_bias_per_token_and_limits() -> None:
     compare(t, 2, dt_limit=(0.3, 0.9))
 
 
-def test_blocks_of_channels_and_several_walks(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("ids", [None, LAYOUTS["padding everywhere"]], ids=["one document", "documents"])
+def test_blocks_of_channels_and_several_walks(ids: Tensor | None, monkeypatch: pytest.MonkeyPatch) -> None:
     """More channels than a block holds in x and in B, and more than one program along the row."""
-    monkeypatch.setattr(triton_mixer, "CHANNELS", 16)
-    monkeypatch.setattr(triton_mixer, "WALKED", 16)
+    for name, size in {"TOKENS": 8, "CHANNELS": 16, "WALKED": 16, "SUMMED": 16, "SUMMED_PARTS": 2}.items():
+        monkeypatch.setattr(triton_mixer, name, size)
     monkeypatch.setattr(triton_conv, "LEAST", 8)
-    compare(draw(1, 37, 2, 20, 1, 19), 1)
+    compare(draw(1, 37 if ids is None else ids.shape[1], 2, 9, 1, 17), 1, **({} if ids is None else {"seq_idx": ids}))
 
 
 @pytest.mark.parametrize("loss_of", [0, 1, 2])

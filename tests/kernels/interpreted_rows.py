@@ -15,9 +15,10 @@ sys.path.insert(0, str(Path(__file__).parent))
 from bfloat16_shim import bfloat16  # noqa: F401
 from test_conv import DOCUMENTS
 from test_conv import draw as draw_conv
-from test_ssd import assert_close
+from test_ssd import assert_close, packed
 from test_ssd import draw as draw_scan
 
+from polylepis.kernels import triton_conv
 from polylepis.kernels.conv import causal_conv1d, causal_conv1d_step
 from polylepis.kernels.norm import gated_rms_norm, rms_norm, rms_norm_residual
 from polylepis.kernels.ssd import ssd_step
@@ -82,12 +83,41 @@ def test_convolution_lengths(l: int) -> None:
     compare(conv, [wide, t["weight"], t["bias"], t["initial_state"]])
 
 
-def test_convolution_in_several_steps(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Programs that walk over tiles; twice, bitwise equal."""
-    from polylepis.kernels import triton_conv
+@pytest.fixture
+def short_walks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Programs of 16 tokens and 4 channels, which take 4 rows at a time, and partial sums of 2 parts at a time."""
+    sizes = {"TOKENS": 16, "CHANNELS": 1, "WALKED": 4, "LEAST": 16, "PARTS": 64, "SUMMED_PARTS": 2, "SUMMED": 4}
+    for name, size in sizes.items():
+        monkeypatch.setattr(triton_conv, name, size)
 
+
+# Where a step of 4 may not be taken for one document: runs begin 2 before a step or at its last token (11, 19; 2, 30),
+# and 0 or 1 before it for widths 2 and 3 (52, 59), at the start of a program of 16 and within; padding everywhere
+RUNS = ((-1, 2), (0, 9), (3, 8), (1, 11), (2, 9), (5, 1), (6, 1), (-1, 1), (-2, 3), (4, 6), (-1, 1), (7, 7), (8, 6))
+
+
+@pytest.mark.usefixtures("short_walks")
+@pytest.mark.parametrize("width", [1, 2, 3, 4])
+@pytest.mark.parametrize("ids", [None, packed(*RUNS)], ids=["one document", "documents"])
+def test_convolution_around_steps_and_programs(width: int, ids: Tensor | None) -> None:
+    """Lengths of a step of 4, of a program of 16 and of several ± 1; with an initial state and without."""
+    for l in {1: (65,), 2: (65,), 3: (65,), 4: (1, 3, 4, 5, 15, 16, 17, 65)}[width]:
+        t = draw_conv(1, l, 5, width, F32)
+
+        def conv(backend: str, x: Tensor, weight: Tensor, bias: Tensor, *initial: Tensor, l: int = l) -> Any:
+            seq_idx, before = None if ids is None else ids[:, :l], initial[0] if initial else None
+            return causal_conv1d(x, weight, bias, initial_state=before, seq_idx=seq_idx, backend=backend)
+
+        if width > 1:
+            compare(conv, list(t.values()))
+        if width == 1 or (width == 4 and l == 65):
+            compare(conv, list(t.values())[:3])
+
+
+def test_convolution_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Programs that walk over more than the least; bitwise equal."""
     monkeypatch.setattr(triton_conv, "PARTS", 2)
-    t = draw_conv(1, 70, 5, 4, F32)
+    t = draw_conv(1, 150, 5, 4, F32)
     compare(lambda backend, *a: causal_conv1d(*a[:3], initial_state=a[3], backend=backend), list(t.values()))
     first, second = (
         results(lambda *a: causal_conv1d(*a[:3], initial_state=a[3], backend="triton"), list(t.values()))
