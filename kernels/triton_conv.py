@@ -11,19 +11,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .triton_math import sigmoid
+
 # A warp takes 128 channels, so that a thread loads 8 bytes of a row; rows of AHEAD tokens are on their way
 TOKENS, CHANNELS, AHEAD = 32, 128, 4  # forward: tokens of a program, channels of each of its warps
 WALKED, LEAST, PARTS = 128, 64, 64  # backward, one warp: channels; tokens at least, a multiple of AHEAD; parts of a row
 SUMMED_PARTS, SUMMED = 32, 128  # parts at a time and channels of a program that adds up the partial sums
 STEPPED = 64  # channels of a program of a decode step
 WARPS = 4
-
-
-@triton.jit
-def sigmoid(v):
-    """Two instructions of the special-function unit; the square of a reciprocal root is cheaper than a division."""
-    root = tl.rsqrt(1.0 + tl.exp2(v * -1.4426950408889634))
-    return root * root
 
 
 @triton.jit

@@ -17,20 +17,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .triton_math import sigmoid
+
 # Warps of the backward that fill 132 SMs, 16 each: all of them run at once. A constant, so that the order of the sums
 # (and with it the last bit of the weight's gradient) does not depend on the device
 WARPS = 16 * 132
 STEPS = 4  # blocks of rows per program of the forward, where there are enough of them for several waves
 SHARED = 96 * 1024  # bytes of rows fetched ahead per program at most; an SM of the smallest GPUs has 99 KB
-LOG2E = tl.constexpr(1.4426950408889634)
-
-
-@triton.jit
-def sigmoid(v):
-    """1 / (1 + exp(−v)). A square of rsqrt, because a division scales its operands against overflow; exp2, because exp
-    treats subnormal results, which are nothing beside 1: 5 instructions instead of 10."""
-    root = tl.rsqrt(1.0 + tl.exp2(v * -LOG2E))
-    return root * root
 
 
 @triton.jit

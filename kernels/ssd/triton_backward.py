@@ -10,7 +10,8 @@ kernel study, section 5.3): what must cancel, cancels.
 import triton
 import triton.language as tl
 
-from .triton_forward import chunk_segments, softplus, token_codes, token_columns, token_rows
+from ..triton_math import sigmoid, softplus
+from .triton_forward import chunk_segments, token_codes, token_columns, token_rows
 
 
 @triton.jit
@@ -170,23 +171,23 @@ def dx_kernel(
     dscale,  # (b, H, Lp) float32: column sums with the diagonal, per unit of scale
     dskip,  # (b, H, Lp) float32: x_j·dy_j, what each token gives to dD
     L,
-    H,
-    R,
+    H: tl.constexpr,
+    R: tl.constexpr,
     P: tl.constexpr,
     N: tl.constexpr,
     C,
     Lp,
     x_b,
-    x_l,
+    x_l: tl.constexpr,
     x_h,
     B_b,
-    B_l,
+    B_l: tl.constexpr,
     B_g,
     C_b,
-    C_l,
+    C_l: tl.constexpr,
     C_g,
     dy_b,
-    dy_l,
+    dy_l: tl.constexpr,
     dy_h,
     HEADS,
     HAS_D: tl.constexpr,
@@ -305,23 +306,23 @@ def dbc_kernel(
     dgiven,  # (b, H, Lp) float32: per unit of scale, what x_j gave to the leaving state
     dots,  # (b, H, C) float32: carry·<state that enters, gradient of the one that leaves>
     L,
-    H,
-    R,
+    H: tl.constexpr,
+    R: tl.constexpr,
     P: tl.constexpr,
     N: tl.constexpr,
     C,
     Lp,
     x_b,
-    x_l,
+    x_l: tl.constexpr,
     x_h,
     dy_b,
-    dy_l,
+    dy_l: tl.constexpr,
     dy_h,
     B_b,
-    B_l,
+    B_l: tl.constexpr,
     B_g,
     C_b,
-    C_l,
+    C_l: tl.constexpr,
     C_g,
     HEADS,
     HAS_CODE: tl.constexpr,
@@ -446,7 +447,7 @@ def decay_kernel(
         step = v
         slope = tl.where(inside, 1.0, 0.0)
         if SOFTPLUS:
-            slope = tl.where(v > 20.0, slope, slope / (1.0 + tl.exp(-v)))
+            slope = tl.where(v > 20.0, slope, slope * sigmoid(v))
             step = softplus(v)
         if CLAMP:
             slope = tl.where((step >= low) & (step <= high), slope, 0.0)

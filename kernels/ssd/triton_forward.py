@@ -11,18 +11,10 @@ atomic operation, and two runs are bitwise equal. Offsets of a program are int64
 import triton
 import triton.language as tl
 
-LOG2E = tl.constexpr(1.4426950408889634)
+from ..triton_math import LOG2E, softplus
+
 # exp(−70) is nothing beside 1 in float32; the floor per token keeps cs small enough to be subtracted
 LOWEST = tl.constexpr(-70.0 * 1.4426950408889634)
-
-
-@triton.jit
-def softplus(v):
-    """log(1 + exp(v)), v beyond 20 as torch has it; log1p without libdevice, by Kahan's quotient."""
-    e = tl.exp(tl.minimum(v, 20.0))
-    u = 1.0 + e
-    small = tl.where(u == 1.0, e, tl.log(u) * (e / tl.where(u == 1.0, 1.0, u - 1.0)))
-    return tl.where(v > 20.0, v, small)
 
 
 @triton.jit
@@ -115,17 +107,17 @@ def state_pass_kernel(
     final,  # (b, H, P, N) float32: the final state; REVERSE: the gradient of the initial one
     reach,  # (b, H, C) float32: the decay from the start of the row to each chunk, 0 behind a reset
     L,
-    H,
-    R,
+    H: tl.constexpr,
+    R: tl.constexpr,
     P: tl.constexpr,
     N: tl.constexpr,
     C,
     Lp,
     u_b,
-    u_l,
+    u_l: tl.constexpr,
     u_h,
     v_b,
-    v_l,
+    v_l: tl.constexpr,
     v_g,
     REVERSE: tl.constexpr,
     HAS_INITIAL: tl.constexpr,
@@ -291,20 +283,20 @@ def output_kernel(
     entry,  # (b, H, P, N) float32, the H_in that joins as reach·H_in
     y,  # (b, L, H, P), contiguous
     L,
-    H,
-    R,
+    H: tl.constexpr,
+    R: tl.constexpr,
     P: tl.constexpr,
     N: tl.constexpr,
     C,
     Lp,
     x_b,
-    x_l,
+    x_l: tl.constexpr,
     x_h,
     B_b,
-    B_l,
+    B_l: tl.constexpr,
     B_g,
     C_b,
-    C_l,
+    C_l: tl.constexpr,
     C_g,
     HEADS,  # heads that one program works off
     HAS_D: tl.constexpr,

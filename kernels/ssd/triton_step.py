@@ -7,8 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..triton_norm import sigmoid
-from .triton_forward import softplus
+from ..triton_math import sigmoid, softplus
 from .triton_scan import block_of
 
 # Rows of a head's state per program: few where they are needed to occupy 132 SMs, many where there are MANY heads, to

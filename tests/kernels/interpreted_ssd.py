@@ -173,7 +173,7 @@ def poisoned() -> Iterator[None]:
 
 
 def guarded(t: Tensor) -> Tensor:
-    """A leaf of t's values, amid NaN before, between and behind its tokens and channels; per-head tensors as they are."""
+    """A leaf of t's values amid NaN around its tokens and channels; parameters per head as they are."""
     if t.dim() < 3:
         return t.detach().requires_grad_()
     wide = torch.full((t.shape[0], t.shape[1] + 40, *(size + 3 for size in t.shape[2:])), torch.nan)

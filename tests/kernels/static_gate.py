@@ -81,7 +81,7 @@ class Recorder:
         compiled = triton.compile(source, target=TARGET, options=options)
         registers, stack, inner = resources(compiled.asm["cubin"])
         name = f"{self.kernel.fn.__name__}{self.label}"
-        name += "".join(f" {key.lower()}" for key in ("REVERSE", "ROLE_C", "HAS_ENTRY", "HAS_REACH") if given.get(key))
+        name += "".join(f" {key.lower()}" for key in ("REVERSE", "HAS_ENTRY", "HAS_REACH") if given.get(key))
         ptx = compiled.asm["ptx"]
         kinds = (r"wgmma\.mma_async", r"\bmma\.sync", r"ld\.global[\w.:]*\.v4\.b32|cp\.async\.cg[\w.:]* [^;]*, 0x10")
         found = (len(re.findall(kind, ptx)) for kind in kinds)
@@ -157,6 +157,8 @@ def scan_uses(
             y = triton_scan.outputs(scan, cs, scale, states)
             triton_scan.gradients(scan, cs, scale, states, y, final)
             if segments:
+                core = triton_scan.Discretisation(False, False, 0.0, float("inf"))
+                scan = scan._replace(second=new(b, l, h), bias=None, how=core)
                 reach = new(b, h, scan.chunks, dtype=torch.float32)
                 states, _ = triton_scan.pass_states(scan, cs, scale, None, reach=reach)
                 triton_scan.outputs(scan, cs, scale, states, reach, initial)
@@ -227,8 +229,8 @@ def table(uses: list[Use]) -> str:
         "|---|---|---|---|---|---|---|",
     ]
     lines += [
-        f"| {u.kernel} | {u.options.get('num_warps')}, {u.options.get('num_stages', '–')} | {u.registers} | {u.stack} | {u.inner}"
-        f" | {u.shared / 1024:.0f} | {u.programs} |"
+        f"| {u.kernel} | {u.options.get('num_warps')}, {u.options.get('num_stages', '–')} | {u.registers} | {u.stack}"
+        f" | {u.inner} | {u.shared / 1024:.0f} | {u.programs} |"
         for u in uses
     ]
     return "\n".join(lines)
