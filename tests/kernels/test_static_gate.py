@@ -51,18 +51,15 @@ def test_scan(dtype: torch.dtype, packed: bool) -> None:
     uses = scan_uses(dtype, packed, segments=packed and dtype == torch.bfloat16)
     assert len({use.kernel.split()[0] for use in uses}) == 6
     check(uses)
+    if dtype == torch.bfloat16:
+        check_matrix_units(uses)
 
 
-@pytest.mark.parametrize("packed", [False, True])
-def test_products_run_on_hoppers_matrix_units(packed: bool) -> None:
+def check_matrix_units(uses: list[Use]) -> None:
     """A tile or a number of warps that falls back to the older instructions costs half the rate, silently."""
-    products = [use for use in scan_uses(torch.bfloat16, packed) if use.kernel.split("_")[0] not in ("prep", "decay")]
-    assert {use.kernel.split()[0] for use in products} == {
-        "state_pass_kernel",
-        "output_kernel",
-        "dx_kernel",
-        "dbc_kernel",
-    }
+    products = [use for use in uses if use.kernel.split("_")[0] not in ("prep", "decay")]
+    names = {use.kernel.split()[0] for use in products}
+    assert names == {"state_pass_kernel", "output_kernel", "dx_kernel", "dbc_kernel"}
     for use in products:
         assert use.wgmma and not use.mma, use
         assert use.wide >= 16, f"{use.kernel} loads its tiles in pieces of less than 16 bytes: {use}"
@@ -96,6 +93,7 @@ def test_candidates() -> None:
         check(scan_uses(torch.bfloat16, False, config=config._replace(chunk=chunk)))
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("p, n", [(32, 16), (128, 256)])
 def test_other_shapes_compile(p: int, n: int) -> None:
     for use in scan_uses(torch.bfloat16, True, p=p, n=n):
