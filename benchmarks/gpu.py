@@ -4,9 +4,10 @@
     python -m benchmarks.gpu --tune          # times the launch candidates and rewrites kernels/ssd/triton_table.py
     TRITON_INTERPRET=1 python -m benchmarks.gpu --rehearse     # the same code on a CPU, tiny, writes nothing
 
-DIR holds checkouts or installations of mamba_ssm, fla and causal_conv1d. The checks, our cases and each peer run in a
-process of their own, with a kernel cache of their own, so that first steps are cold. What fails, ends its process, does
-not fit the device's memory or the time left is written down as such, and the next case goes on in a fresh process.
+DIR holds checkouts or installations of mamba_ssm, fla and causal_conv1d. The checks, our launches one by one, our cases
+and each peer run in a process of their own, with a kernel cache of their own, so that first steps are cold. Times are
+the device's, with its queue full (polylepis.kernels.timing). What fails, ends its process, does not fit the device's
+memory or the time left is written down as such, and the next case goes on in a fresh process.
 Needs torch >= 2.11, Triton >= 3.6 and nothing else; an installed polylepis is used, this checkout otherwise.
 """
 
@@ -16,7 +17,6 @@ import argparse
 import importlib.util
 import json
 import os
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -28,11 +28,13 @@ from typing import Any
 import torch
 
 from .gpu_cases import LIBRARIES, MODULES, Sizes, least_bytes
+from .gpu_launches import render as render_launches
+from .gpu_launches import time_launches
 
 ROOT = Path(__file__).parent.parent
 SECONDS = 480
-CHECKS = "checks"
-CHECK_SECONDS = 180
+CHECKS, LAUNCHES = "checks", "launches"
+CHECK_SECONDS, LAUNCH_SECONDS = 150, 60
 BROKEN = 3  # exit status of a process that cannot use the device any more
 LENGTHS, BATCHES = (4096, 16384, 131072), (1, 4)
 TINY = {"d": 16, "h": 2, "p": 8, "g": 1, "n": 8}
@@ -46,7 +48,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
     parser.add_argument("--tune", action="store_true")
     parser.add_argument("--rehearse", action="store_true")
-    parser.add_argument("--library", choices=[CHECKS, *LIBRARIES], help=argparse.SUPPRESS)
+    parser.add_argument("--library", choices=[CHECKS, LAUNCHES, *LIBRARIES], help=argparse.SUPPRESS)
     parser.add_argument("--skip", type=int, default=0, help=argparse.SUPPRESS)
     parser.add_argument("--result", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--until", type=float, default=0.0, help=argparse.SUPPRESS)
@@ -59,6 +61,9 @@ def main() -> None:
         from .gpu_checks import check_all
 
         check_all(device, args.skip, args.until, lambda rows: keep(rows, args.result, device))
+    elif args.library == LAUNCHES:
+        sizes = [Sizes(1, 40, **TINY)] if args.rehearse else [Sizes(b, LENGTHS[0]) for b in BATCHES]
+        time_launches(sizes, device, args.until, lambda rows: keep(rows, args.result, device))
     elif args.library:
         time_library(args, device)
     elif args.tune:
@@ -82,17 +87,22 @@ def report(args: argparse.Namespace, device: torch.device) -> None:
     """Everything, then one JSON and one Markdown file, which are written after each process."""
     start = time.time()
     deadline = start + SECONDS - 20
-    result: dict[str, Any] = {"facts": facts(device), "checks": [], "times": []}
+    result: dict[str, Any] = {"facts": facts(device), CHECKS: [], LAUNCHES: [], "times": []}
     found = ["polylepis", *(name for name, module in MODULES.items() if _has(module, args.peers))]
     if device.type == "cuda":
         torch.cuda.empty_cache()  # the cases run in other processes
     result["absent"] = [name for name in MODULES if name not in found]
-    for position, name in enumerate([CHECKS, *found]):
-        # ours before the peers; what is left of the time is shared by those
+    for position, name in enumerate([CHECKS, LAUNCHES, *found], start=-2):
+        # ours before the peers, which share what is left of the time
         left, peers = deadline - time.time(), len(found) - 1
-        share = min(left, CHECK_SECONDS) if name == CHECKS else left / (2 if position == 1 and peers else 1)
-        rows, error = run_process(name, args, time.time() + (share / (peers + 2 - position) if position > 1 else share))
-        result[CHECKS if name == CHECKS else "times"] += rows
+        if position < 0:
+            share = min(left, CHECK_SECONDS if name == CHECKS else LAUNCH_SECONDS)
+        elif position == 0:
+            share = left / (2 if peers else 1)
+        else:
+            share = left / (peers + 1 - position)
+        rows, error = run_process(name, args, time.time() + share)
+        result[name if name in (CHECKS, LAUNCHES) else "times"] += rows
         if error:
             result.setdefault("errors", {})[name] = error
         result["seconds"] = round(time.time() - start, 1)
@@ -173,6 +183,8 @@ def time_library(args: argparse.Namespace, device: torch.device) -> None:
 
 def time_case(built: tuple[Callable[[], Any], list[torch.Tensor]], device: torch.device) -> dict[str, float]:
     """Median microseconds of the forward (with autograd's graph) and of the backward; seconds of the first step."""
+    from polylepis.kernels.timing import median_us
+
     forward, inputs = built
     begin = time.time()
     out = forward()
@@ -188,27 +200,6 @@ def time_case(built: tuple[Callable[[], Any], list[torch.Tensor]], device: torch
     for name, function in (("forward", forward), ("backward", backward)):
         result[f"{name}_us"] = round(median_us(function, device), 1)
     return result
-
-
-def median_us(function: Callable[[], Any], device: torch.device, budget: float = 1.5) -> float:
-    """Median over at most 50 runs in at most ``budget`` seconds, after three to warm up."""
-    if device.type == "cpu":
-        begin = time.perf_counter()
-        function()
-        return (time.perf_counter() - begin) * 1e6
-    for _ in range(3):
-        function()
-    flush = torch.empty(1 << 28, dtype=torch.int8, device=device)  # larger than the second-level cache
-    samples, until = [], time.time() + budget
-    while len(samples) < 50 and (time.time() < until or len(samples) < 3):
-        flush.zero_()
-        first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        first.record()
-        function()
-        last.record()
-        last.synchronize()
-        samples.append(first.elapsed_time(last) * 1e3)
-    return statistics.median(samples)
 
 
 def facts(device: torch.device) -> dict[str, Any]:
@@ -239,6 +230,8 @@ def copy_bandwidth(device: torch.device) -> float:
     """TB/s of copying 2 GiB within the device; 0 on a CPU."""
     if device.type == "cpu":
         return 0.0
+    from polylepis.kernels.timing import median_us
+
     source = torch.empty(1 << 31, dtype=torch.int8, device=device)
     target = torch.empty_like(source)
     return round(2 * source.numel() / median_us(lambda: target.copy_(source), device) / 1e6, 3)
@@ -260,6 +253,7 @@ def render(result: dict[str, Any]) -> str:
     lines += ["| check | dtype | worst | tensor | allowed | bitwise equal | passed |", "|---" * 7 + "|"]
     lines += ["| " + " | ".join(str(value) for value in check.values()) + " |" for check in result["checks"]]
     bandwidth = result["facts"]["copy_TB_s"]
+    lines += render_launches(result[LAUNCHES], bandwidth)
     lines += ["", "## Medians, microseconds; least: the bytes that must move at the bandwidth of a copy", ""]
     lines += [
         "| case | length | batch | direction | library | µs | ours is faster by | least | target |",

@@ -130,10 +130,9 @@ def mamba_split_conv1d_scan_combined(
     if D.dim() == 1 and headdim is None:
         raise ValueError("headdim is None, expected the head size beside a D of one dimension")
     heads, p = D.shape[0], D.shape[1] if D.dim() == 2 else int(headdim or 0)
-    inner, channels = heads * p, conv1d_weight.shape[0]
-    _check_sizes(given, inner, channels, heads)
+    inner, state = heads * p, (conv1d_weight.shape[0] - heads * p) // 2
+    _check_sizes(given, inner, conv1d_weight.shape[0], heads)
     check_groups(heads, ngroups)
-    state = (channels - inner) // 2
     z, x, B, C, dt = split_columns(zxbcdt, (inner, inner, state, state, heads))
     gated = rmsnorm_weight is not None and not norm_before_gate
     wide = D.dim() == 2

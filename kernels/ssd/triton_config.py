@@ -49,7 +49,7 @@ HALVES: dict[str, tuple[Launch, ...]] = {
     "dbc": (Launch(128, 8, 3), Launch(128, 8, 2), Launch(64, 4, 3)),
     "decay": (Launch(16, 8, 1), Launch(8, 4, 1)),
 }
-HALF = ScanConfig(**{name: launches[0] for name, launches in HALVES.items()}, chunk=CHUNKS[0])
+HALF = ScanConfig._make([*(HALVES[name][0] for name in ScanConfig._fields[:-2]), 264, CHUNKS[0]])
 # heads or states beyond 64 × 128: shared memory and registers hold less of them
 LARGE = ScanConfig(
     prep=Launch(16, 4, 1),

@@ -5,7 +5,6 @@ Behind ``polylepis bench tune`` and ``python -m benchmarks.gpu --tune``.
 
 import os
 import re
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..operators import HAS_TRITON
+from ..timing import median_us
 from .api import ssd
 from .triton_config import CHUNKS, HALF, HALVES, INTERPRETER, Launch, ScanConfig
 
@@ -59,13 +59,13 @@ def tune(*, rehearse: bool = False, say: Callable[[str], None] = print) -> None:
                 changed: dict[str, Any] = {name: launch}
                 with configured(triton_scan, best._replace(**changed)):
                     timed = forward if name in FORWARD else backward(forward())
-                    times[launch] = microseconds(timed, device)
+                    times[launch] = median_us(timed, device)
             chosen = min(times, key=lambda launch: times[launch])
-            best = best._replace(**{name: chosen})
+            best = best._replace(**{**changed, name: chosen})
             rounded = {tuple(launch): round(us, 1) for launch, us in times.items()}
             say(f"chunks of {best.chunk}: {name} {rounded} -> {tuple(chosen)}")
         with configured(triton_scan, best):
-            parts = microseconds(forward, device), microseconds(backward(forward()), device)
+            parts = median_us(forward, device), median_us(backward(forward()), device)
         say(f"chunks of {best.chunk}: forward {parts[0]:.1f} µs, backward {parts[1]:.1f} µs")
         found[sum(parts)] = best
     if not rehearse:
@@ -104,17 +104,6 @@ def scan(device: torch.device, sizes: tuple[int, int, int, int, int]) -> tuple[C
         return y
 
     return forward, list(t.values())
-
-
-def microseconds(function: Callable[[], Any], device: torch.device) -> float:
-    """Median time of one call; with the second-level cache emptied before each on a GPU."""
-    if device.type == "cpu":
-        begin = time.perf_counter()
-        function()
-        return (time.perf_counter() - begin) * 1e6
-    from triton.testing import do_bench
-
-    return float(do_bench(function, return_mode="median")) * 1e3
 
 
 @contextmanager
