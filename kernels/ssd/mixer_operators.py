@@ -178,8 +178,7 @@ def mixer_backward(
         dweight, dbias, dstate = triton_mixer.conv_gradients(conv, grads.x, grads.B, grads.C, dxBC)
 
     def given(grad: Tensor | None, like: Tensor | None) -> Tensor:
-        # a copy: some are rows of one tensor of sums, and an operator's outputs stand alone
-        return x.new_empty(0) if like is None or grad is None else grad.to(like.dtype, copy=True)
+        return x.new_empty(0) if like is None or grad is None else grad.to(like.dtype)
 
     return (
         *(buffer, x.new_empty(0) if _own(dt, x) else ddt, dweight, given(dbias, bias), given(dstate, conv_state)),

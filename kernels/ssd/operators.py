@@ -197,12 +197,9 @@ def ssd_backward(
             cs, scale = launches.decays(scan)
             states, _ = launches.pass_states(scan, cs, scale, initial)
         grads = launches.gradients(scan, cs, scale, states, dy, dfinal)
-    nothing = cs.new_empty(0)
-    dbias, dD = (nothing if t is None else t for t in (grads.bias, grads.D))
-    dinitial = nothing if initial is None else grads.initial.to(initial.dtype)
-    dsecond = grads.second if grads.second.numel() else torch.zeros_like(second)
-    nothing_twice = [t.clone() if t is nothing else t for t in (dbias, dD, dinitial)]  # outputs may not alias
-    return grads.x, grads.first, dsecond, nothing_twice[0], grads.B, grads.C, nothing_twice[1], nothing_twice[2]
+    dinitial = None if initial is None else grads.initial.to(initial.dtype)
+    dbias, dD, dinitial = (cs.new_empty(0) if t is None else t for t in (grads.bias, grads.D, dinitial))
+    return grads.x, grads.first, grads.second, dbias, grads.B, grads.C, dD, dinitial
 
 
 @ssd_backward.register_fake

@@ -456,7 +456,8 @@ def decay_kernel(
         rate = tl.load(A + h, mask=here, other=0.0).to(tl.float32)
         ddt = (dlog * rate[None, :] + ds) * slope
         tl.store(dA + partial, tl.sum(dlog * steps, axis=0), mask=here)
-        tl.store(dbias + partial, tl.sum(ddt, axis=0), mask=here)
+        if HAS_BIAS:
+            tl.store(dbias + partial, tl.sum(ddt, axis=0), mask=here)
         tl.store(dfirst + place, ddt.to(dfirst.dtype.element_ty), mask=inside)
     else:
         tl.store(dfirst + place, dlog.to(dfirst.dtype.element_ty), mask=inside)
@@ -464,3 +465,32 @@ def decay_kernel(
             if HAS_CODE:
                 ds = tl.where(real[:, None], ds, 0.0)
             tl.store(dsecond + (b * L + t)[:, None] * H + h[None, :], ds.to(dsecond.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def add_parts(partial, out, h, parts, H, BP: tl.constexpr):
+    """out (H,), the sums of partial (parts, H) in a fixed order."""
+    rows = tl.arange(0, BP)
+    total = tl.zeros((BP, h.shape[0]), dtype=tl.float32)
+    for part in range(0, parts, BP):
+        mask = (part + rows < parts)[:, None] & (h < H)[None, :]
+        total += tl.load(partial + (part + rows)[:, None] * H + h[None, :], mask=mask, other=0.0)
+    tl.store(out + h, tl.sum(total, axis=0).to(out.dtype.element_ty), mask=h < H)
+
+
+@triton.jit
+def parameter_kernel(
+    dA_parts, dbias_parts, dD_parts, dA, dbias, dD, parts, H, HAS_A: tl.constexpr, HAS_BIAS: tl.constexpr,
+    HAS_D: tl.constexpr, BP: tl.constexpr, BH: tl.constexpr,
+):  # fmt: skip
+    """The gradients of a head's parameters, each a program's, from their partial sums (parts, H)."""
+    h, which = tl.program_id(0) * BH + tl.arange(0, BH), tl.program_id(1)
+    if HAS_A:
+        if which == 0:
+            add_parts(dA_parts, dA, h, parts, H, BP)
+    if HAS_BIAS:
+        if which == 1:
+            add_parts(dbias_parts, dbias, h, parts, H, BP)
+    if HAS_D:
+        if which == 2:
+            add_parts(dD_parts, dD, h, parts, H, BP)

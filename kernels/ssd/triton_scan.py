@@ -13,6 +13,7 @@ from . import triton_forward as forward
 from .triton_config import INTERPRETER, Launch, ScanConfig
 from .triton_table import lookup
 
+PARTS = 64  # partial sums of a parameter that one program loads at a time
 LARGEST_STRIDE = 1 << 24  # 128 tokens of it stay below 2³¹, the range of an offset inside a chunk
 
 
@@ -375,26 +376,34 @@ def _decay_gradients(
     new = scale.new_empty
     dfirst = new(b, l, h, dtype=scan.first.dtype) if dfirst is None else dfirst
     dsecond = new(0) if how.on or tiles is None else new(b, l, h, dtype=scan.second.dtype)
-    dA, dbias = (new((b, scan.chunks, h) if how.on else (0,)) for _ in range(2))
-    dD = None if dskip is None else new(b, scan.chunks, h)
+    wanted = (how.on, how.on and scan.bias is not None, dskip is not None)
+    parts = [new(b, scan.chunks, h) if given else None for given in wanted]
     backward.decay_kernel[(scan.chunks, triton.cdiv(h, launch.rows), b)](
         *(drow, dfar, dcol, *links, dscale, dskip, scan.code, scan.first, scan.second, scan.bias, scale),
-        *(dfirst, dsecond, dA, dbias, dD, l, h, scan.chunks, scan.padded, *scan.first.stride()),
+        *(dfirst, dsecond, *parts, l, h, scan.chunks, scan.padded, *scan.first.stride()),
         *(dfirst.stride(0), dfirst.stride(1), how.low, how.high),
         HAS_TILE=tiles is not None,
         **how.flags,
-        HAS_BIAS=scan.bias is not None,
-        HAS_D=dD is not None,
+        HAS_BIAS=wanted[1],
+        HAS_D=wanted[2],
         HAS_CODE=scan.code is not None,
         Q=scan.chunk,
         ROWS=scan.rows(scan.config.dx),
         BH=launch.rows,
         num_warps=launch.warps,
     )
+    sums = _parameter_gradients(scan, parts)
+    return dfirst, sums[0] if sums[0] is not None else dsecond, sums[1], sums[2]
 
-    def summed(partial: Tensor | None, like: Tensor | None) -> Tensor | None:
-        return None if partial is None or like is None else partial.sum(dim=(0, 1)).to(like.dtype)
 
-    if not how.on:
-        return dfirst, dsecond, None, summed(dD, scan.D)
-    return dfirst, dA.sum(dim=(0, 1)).to(scan.second.dtype), summed(dbias, scan.bias), summed(dD, scan.D)
+def _parameter_gradients(scan: Scan, parts: list[Tensor | None]) -> list[Tensor | None]:
+    """Gradients of A, bias and D from their partial sums (b, chunks, h); None where there are none."""
+    b, _, h, *_ = scan.sizes
+    like = (scan.second, scan.bias, scan.D)
+    sums = [None if p is None or t is None else t.new_empty(h) for p, t in zip(parts, like, strict=True)]
+    flags = {name: t is not None for name, t in zip(("HAS_A", "HAS_BIAS", "HAS_D"), sums, strict=True)}
+    if any(flags.values()):
+        backward.parameter_kernel[(triton.cdiv(h, 16), len(parts))](
+            *(*parts, *sums, b * scan.chunks, h), **flags, BP=PARTS, BH=16, num_warps=4
+        )
+    return sums
