@@ -12,24 +12,30 @@ from matplotlib.axes import Axes
 from matplotlib.patches import FancyArrowPatch, Polygon, Rectangle
 
 CHUNKS, Q = 4, 6
-INSIDE, CARRIED, STATE, RESET = "#4c78a8", "#f2cf5b", "#54a24b", "#d1495b"
+INSIDE, BETWEEN, CARRIED, STATE, RESET = "#4c78a8", "#9ecae9", "#f2cf5b", "#54a24b", "#d1495b"
 
 
 def matrix(axes: Axes) -> None:
-    """The lower-triangular matrix: triangles on the diagonal, rank-n blocks below."""
+    """The lower-triangular matrix: two tiles and what passes between them on the diagonal, rank-n blocks below."""
     size = CHUNKS * Q
     for row in range(CHUNKS):
         for column in range(row + 1):
             x, y = column * Q, size - (row + 1) * Q
             if row == column:
-                corners = [(x, y), (x, y + Q), (x + Q, y)]
-                axes.add_patch(Polygon(corners, closed=True, facecolor=INSIDE, edgecolor="white", lw=2))
+                half = Q / 2
+                for a, b in ((x, y + half), (x + half, y)):
+                    corners = [(a, b), (a, b + half), (a + half, b)]
+                    axes.add_patch(Polygon(corners, closed=True, facecolor=INSIDE, edgecolor="white", lw=1.5))
+                axes.add_patch(Rectangle((x, y), half, half, facecolor=BETWEEN, edgecolor="white", lw=1.5))
             else:
                 axes.add_patch(Rectangle((x, y), Q, Q, facecolor=CARRIED, edgecolor="white", lw=2))
                 axes.text(x + Q / 2, y + Q / 2, "C·S", ha="center", va="center", fontsize=9)
-    axes.text(1.6, size - 4.2, "W", color="white", ha="center", fontsize=11)
+    axes.text(1.5, size - 4.8, "W", ha="center", fontsize=11)
+    axes.text(size * 0.52, size * 0.86, "dark: an exp for every pair", fontsize=9)
+    axes.text(size * 0.52, size * 0.8, "light: a factor for every", fontsize=9)
+    axes.text(size * 0.52, size * 0.74, "row and every column", fontsize=9)
     axes.add_patch(Rectangle((0, 0), size, size, facecolor="none", edgecolor="#888888"))
-    axes.text(size / 2, size + 0.6, "input tokens j, chunks of Q", ha="center", fontsize=10)
+    axes.text(size / 2, size + 0.6, "input tokens j, chunks of Q in two tiles", ha="center", fontsize=10)
     axes.text(-0.7, size / 2, "output tokens i", rotation=90, ha="center", va="center", fontsize=10)
     axes.set(xlim=(-1.6, size + 0.4), ylim=(-0.4, size + 2), aspect="equal")
     axes.set_title("y = M x: what is near, what is far", fontsize=12)
@@ -64,7 +70,7 @@ def chain(axes: Axes) -> None:
     arrow(axes, (-0.8, 5.15), (0.9, 5.15), STATE)
     box(axes, CHUNKS * 5.2 + 0.6, 4.4, "final state", "#b7d7b0", 2.8)
     state_pass = "state pass (green): once over the chunks in order, the state in registers; × 0: a new document"
-    output = "output: W·u (blue) and C·S (yellow) of one chunk and one group, its heads in one program"
+    output = "output: W·u (blue) and C·S (yellow) of one tile and one group, its heads in one program"
     axes.text(-4.4, 9.5, state_pass, fontsize=9)
     axes.text(-4.4, -0.5, output, fontsize=9)
     axes.set(xlim=(-4.8, CHUNKS * 5.2 + 3.8), ylim=(-1.2, 10.4))

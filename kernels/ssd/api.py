@@ -62,8 +62,10 @@ def ssd(
         backend: "torch", "triton" (head_dim <= 128, state <= 256, no float64), or "auto": Triton for CUDA tensors that
             it takes, torch otherwise.
 
-    FLOPs of the Triton path, chunks of Q: forward 2·b·l·(g·Q·n + h·p·(Q + 2n)), backward about 2.7 times that. Bytes:
-    x, y, B, C, dt once, the chunk states b·l/Q·h·p·n twice; in the backward x and dy three times, the states twice.
+    FLOPs of the Triton path, chunks of Q (128; float32: 32): forward 2·b·l·(¾·g·Q·n + h·p·(¾·Q + 2n)), backward
+    2·b·l·(2.75·g·Q·n + h·p·(1.5·Q + 4n)), and the states again, 2·b·l·h·p·n, unless saved. Bytes, beside B, C, dt and
+    y, dx: forward x twice, the b·l/Q·h·p·n elements of the states written and read; backward x twice and dy three
+    times, the states read, their gradients written and read twice.
 
     Returns:
         y like x, or (y, final_states). Half precisions accumulate in float32, float64 stays float64. Gradients reach
