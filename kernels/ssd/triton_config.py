@@ -1,8 +1,9 @@
 """Launch configurations of the SSD kernels: a table, not a search, so that the first step is not spent on tuning.
 
 :data:`.triton_table.TABLE` is keyed by (architecture, P, N, precision, Triton minor version); what is not listed takes
-the first of its precision's two to four candidates per kernel. ``polylepis bench tune`` times the candidates on the
-device at hand and rewrites the table. A configuration is fixed before the launch: results never depend on timing noise.
+a default of its architecture, size and precision, on Hopper the first of two to three candidates per kernel. ``polylepis
+bench tune`` times the candidates on the device at hand and rewrites the table. A configuration is fixed before the
+launch: results never depend on timing noise.
 """
 
 from typing import NamedTuple
@@ -50,7 +51,17 @@ HALVES: dict[str, tuple[Launch, ...]] = {
     "decay": (Launch(16, 8, 1), Launch(8, 4, 1)),
 }
 HALF = ScanConfig._make([*(HALVES[name][0] for name in ScanConfig._fields[:-2]), 264, CHUNKS[0]])
-# heads or states beyond 64 × 128: shared memory and registers hold less of them
+# states of more than 64 × 128 values: two chunks' tiles and sums do not fit
+WIDE = HALF._replace(chunk=64)
+# other architectures than Hopper: nothing spills on sm_80, sm_89 and sm_100, and 99 KB of shared memory are enough
+PLAIN = HALF._replace(
+    state=Launch(64, 8, 2),
+    dstate=Launch(64, 8, 2),
+    dx=Launch(64, 8, 1),
+    dbc=Launch(64, 8, 2),
+    chunk=64,
+)
+# still larger heads and states, and large ones of other architectures
 LARGE = ScanConfig(
     prep=Launch(16, 4, 1),
     state=Launch(32, 8, 2),
@@ -74,3 +85,13 @@ FLOAT = ScanConfig(
 )
 SMALL = Launch(16, 1, 1)
 INTERPRETER = ScanConfig(SMALL, SMALL, SMALL, SMALL, SMALL, SMALL, SMALL, slots=1, chunk=16)
+
+
+def default(arch: int, p: int, n: int, precision: str) -> ScanConfig:
+    """Where the table has no entry: by architecture (90 is Hopper; 0, no device, counts as it), the powers of two that
+    hold head and state, and "half" or "float"."""
+    if precision == "float":
+        return FLOAT
+    if arch not in (0, 90):
+        return PLAIN if p * n <= 64 * 128 else LARGE
+    return HALF if p * n <= 64 * 128 else WIDE if p * n <= 128 * 128 else LARGE

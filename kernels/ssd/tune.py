@@ -128,7 +128,7 @@ def write(key: tuple[Any, ...], config: ScanConfig, table: Path = TABLE) -> str:
     old, _, rest = after.partition("}")
     kept = "".join(f"{line}\n" for line in old.splitlines() if line.strip() and not line.strip().startswith(repr(key)))
     if not re.search(r"import .*\bLaunch\b", before):
-        before = before.replace("LARGE, ScanConfig", "LARGE, Launch, ScanConfig")
+        before = before.replace("import ScanConfig", "import Launch, ScanConfig")
     fresh = table.with_suffix(".new")
     fresh.write_text(f"{before}{found}\n{kept}{entry}}}{rest}")
     fresh.replace(table)

@@ -20,7 +20,6 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-TARGET = GPUTarget("cuda", 90, 32)
 TYPES = {
     torch.bfloat16: "*bf16",
     torch.float16: "*fp16",
@@ -53,8 +52,8 @@ class Use(NamedTuple):
 class Recorder:
     """Stands in for a kernel: ``kernel[grid](...)`` compiles instead of launching."""
 
-    def __init__(self, kernel: Any, out: list[Use], label: str) -> None:
-        self.kernel, self.out, self.label = kernel, out, label
+    def __init__(self, kernel: Any, out: list[Use], label: str, arch: int) -> None:
+        self.kernel, self.out, self.label, self.arch = kernel, out, label, arch
 
     def __getitem__(self, grid: Any) -> Callable[..., None]:
         return self.compile
@@ -78,7 +77,7 @@ class Recorder:
             else:
                 signature[name] = "fp32"
         source = ASTSource(self.kernel, signature, constexprs, attributes)
-        compiled = triton.compile(source, target=TARGET, options=options)
+        compiled = triton.compile(source, target=GPUTarget("cuda", self.arch, 32), options=options)
         registers, stack, inner = resources(compiled.asm["cubin"])
         name = f"{self.kernel.fn.__name__}{self.label}"
         name += "".join(f" {key.lower()}" for key in ("REVERSE", "HAS_ENTRY", "HAS_REACH") if given.get(key))
@@ -111,7 +110,7 @@ def inner_spills(sass: str) -> int:
 
 
 @contextlib.contextmanager
-def recording(modules: list[ModuleType], label: str = "") -> Iterator[list[Use]]:
+def recording(modules: list[ModuleType], label: str = "", arch: int = 90) -> Iterator[list[Use]]:
     """Replace every kernel in ``modules`` for a while; yields the list that the compiled launches land in."""
     out: list[Use] = []
     kernels = [
@@ -121,7 +120,7 @@ def recording(modules: list[ModuleType], label: str = "") -> Iterator[list[Use]]
         if isinstance(value, triton.JITFunction) and name.endswith("_kernel")
     ]
     for module, name, kernel in kernels:
-        setattr(module, name, Recorder(kernel, out, label))
+        setattr(module, name, Recorder(kernel, out, label, arch))
     try:
         yield out
     finally:
@@ -130,13 +129,21 @@ def recording(modules: list[ModuleType], label: str = "") -> Iterator[list[Use]]
 
 
 def scan_uses(
-    dtype: torch.dtype, packed: bool, *, p: int = 64, n: int = 128, config: Any = None, segments: bool = False
+    dtype: torch.dtype,
+    packed: bool,
+    *,
+    p: int = 64,
+    n: int = 128,
+    sizes: tuple[int, int, int, int] = (1, 4096, 128, 8),
+    config: Any = None,
+    segments: bool = False,
+    arch: int = 90,
 ) -> list[Use]:
-    """Forward and backward of one 4,096-token sequence at the 8B shape (or another P and N)."""
+    """Forward and backward at ``sizes``, (b, l, h, g): one 4,096-token sequence of the 8B shape."""
     from polylepis.kernels.ssd import triton_backward, triton_forward, triton_scan
 
-    b, l, h, g = 1, 4096, 128, 8
-    target, triton_scan._target = triton_scan._target, lambda: (90, int(triton.__version__.split(".")[1]))
+    b, l, h, g = sizes
+    target, triton_scan._target = triton_scan._target, lambda: (arch, int(triton.__version__.split(".")[1]))
 
     def new(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
@@ -151,7 +158,7 @@ def scan_uses(
         if config is not None:
             scan = scan._replace(config=config, chunk=config.chunk)
         label = f" {str(dtype)[6:]} P{p} N{n} Q{scan.chunk}{' packed' if packed else ''}"
-        with recording([triton_forward, triton_backward], label) as out:
+        with recording([triton_forward, triton_backward], label, arch) as out:
             cs, scale = triton_scan.decays(scan)
             states, final = triton_scan.pass_states(scan, cs, scale, initial)
             y = triton_scan.outputs(scan, cs, scale, states)

@@ -94,10 +94,31 @@ def test_candidates() -> None:
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("p, n", [(32, 16), (128, 256)])
+@pytest.mark.parametrize("p, n", [(32, 16), (128, 64), (128, 128), (64, 256), (128, 256)])
 def test_other_shapes_compile(p: int, n: int) -> None:
+    """With Hopper's matrix instruction where a head fills it, but for the largest, which does not fit with its tiles."""
     for use in scan_uses(torch.bfloat16, True, p=p, n=n):
         assert use.shared <= SHARED, use
+        assert use.mma == 0 or p < 64 or p * n > 128 * 128, use
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("arch", [80, 89, 100])
+def test_other_architectures_compile(arch: int) -> None:
+    """In the shared memory of the smallest of them, without spills at the 8B shape (documents: one value per head)."""
+    for p, n in ((64, 128), (128, 256)):
+        for use in scan_uses(torch.bfloat16, True, p=p, n=n, arch=arch):
+            assert use.shared <= 99 * 1024, use
+            assert use.inner <= 1 or (p, n) != (64, 128), use
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("sizes", [(1, 1, 1, 1), (2, 100, 3, 3), (1, 129, 6, 2)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_small_and_odd_sizes_compile(sizes: tuple[int, int, int, int], dtype: torch.dtype) -> None:
+    """An argument of 1 is a constant to the compiler, and a loop over it no loop."""
+    for p, n in ((64, 128), (5, 3)):
+        assert scan_uses(dtype, True, p=p, n=n, sizes=sizes, segments=True)
 
 
 @pytest.mark.full
