@@ -1,7 +1,7 @@
 """Launch configurations of the SSD kernels: a table, not a search, so that the first step is not spent on tuning.
 
 :data:`.triton_table.TABLE` is keyed by (architecture, P, N, precision, Triton minor version); what is not listed takes
-a default of its architecture, size and precision, on Hopper the first of two to three candidates per kernel. ``polylepis
+a default of its architecture, size and precision, on Hopper the first candidate of each kernel. ``polylepis
 bench tune`` times the candidates on the device at hand and rewrites the table. A configuration is fixed before the
 launch: results never depend on timing noise.
 """

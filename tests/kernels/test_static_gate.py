@@ -96,7 +96,7 @@ def test_candidates() -> None:
 @pytest.mark.full
 @pytest.mark.parametrize("p, n", [(32, 16), (128, 64), (128, 128), (64, 256), (128, 256)])
 def test_other_shapes_compile(p: int, n: int) -> None:
-    """With Hopper's matrix instruction where a head fills it, but for the largest, which does not fit with its tiles."""
+    """With Hopper's matrix instruction where a head fills it, except the largest, whose tiles would not fit."""
     for use in scan_uses(torch.bfloat16, True, p=p, n=n):
         assert use.shared <= SHARED, use
         assert use.mma == 0 or p < 64 or p * n > 128 * 128, use
