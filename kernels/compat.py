@@ -292,17 +292,20 @@ def selective_state_update(
     A_h, dt_bh = _per_head("A", A, 2), _per_head("dt", dt, 1)
     bias = None if dt_bias is None else _per_head("dt_bias", dt_bias, 1)
     fused = D is None or D.stride(-1) == 0  # the step's skip is one number per head, and its gate comes after it
-    y, new_state = ssd_step(
-        *(_rows(state, state_batch_indices), x, dt_bh, A_h, B, C),
+    y, _ = ssd_step(
+        *(state, x, dt_bh, A_h, B, C),
         D=D[:, 0] if D is not None and fused else None,
         z=z if fused else None,
         dt_bias=bias,
         dt_softplus=dt_softplus,
+        in_place=True,
+        places=state_batch_indices,
     )
-    if D is not None and not fused:
-        y = (y + D * x).to(x.dtype)
-        y = y if z is None else (y * F.silu(z)).to(x.dtype)
-    return _overwrite(state, new_state, y, state_batch_indices)
+    if D is None or fused:
+        return y
+    y = (y + D * x).to(x.dtype)
+    y = y if z is None else (y * F.silu(z)).to(x.dtype)
+    return y if state_batch_indices is None else torch.where((state_batch_indices >= 0)[:, None, None], y, 0)
 
 
 def _rows(state: Tensor, indices: Tensor | None) -> Tensor:

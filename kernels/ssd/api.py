@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..operators import check_tensors, use_triton
+from ..operators import check_ids, check_tensors, use_triton
 from .chunked import chunked_scan
 from .inputs import (
     FULL_DT_RANGE,
@@ -19,7 +19,7 @@ from .inputs import (
     resolve_seq_idx,
     segment_numbers,
 )
-from .operators import refusal, scan_step, segment_code, triton_chunk, triton_scan
+from .operators import refusal, scan_step, scan_step_in_place, segment_code, triton_chunk, triton_scan
 
 
 def ssd(
@@ -161,21 +161,68 @@ def ssd_step(
     dt_bias: Tensor | None = None,
     dt_softplus: bool = False,
     dt_limit: tuple[float, float] = FULL_DT_RANGE,
+    in_place: bool = False,
+    places: Tensor | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """One token of decoding by the recurrence; ``state`` is not written to.
+    """One token of decoding by the recurrence.
 
     Args:
         state: (b, h, p, n). x: (b, h, p). dt: (b, h). A: (h,). B, C: (b, g, n). D: (h,). z: like x.
         dt_bias: (h,) or (b, h). dt_softplus, dt_limit: as in :func:`ssd`.
+        in_place: overwrite ``state``, which is returned; without gradients.
+        places: (b,) integers, with in_place: the rows of a larger state (rows, h, p, n) that these tokens continue, no
+            row twice; a negative one is padding: its y is 0 and no state changes.
         backend: as in :func:`ssd`; the Triton kernel has no gradients.
 
     Returns:
         (y (b, h, p) in x's dtype, the new state in the state's dtype).
 
     Raises:
-        ValueError: shapes or dt_limit that do not fit.
+        ValueError: shapes or dt_limit that do not fit; places without in_place; in_place where gradients are wanted.
     """
+    _check_step(state, x, dt, B, C, D, z, places, in_place)
+    low, high = check_discretisation(dt, A, dt_bias, dt_limit)
+    tensors = {"x": x, "state": state, "dt": dt, "A": A, "B": B, "C": C, "D": D, "z": z, "dt_bias": dt_bias}
+    gradients = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors.values())
+    if gradients and in_place:
+        raise ValueError("in_place is True, expected no gradients then: call under torch.no_grad()")
+    if use_triton(backend, tensors, "the step has no gradients there" if gradients else refusal(tensors)):
+        if in_place:
+            given = (x, dt, A, B, C, D, z, dt_bias)
+            return scan_step_in_place(state, places, *given, dt_softplus, low, high), state
+        return scan_step(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus, low, high)
+    dtype = accumulation_dtype(state, x, dt, A, B, C)
+    log_decay, scale = discretise(dt, A, dt_bias, dt_softplus, dt_limit, dtype)
+    B_heads, C_heads = (t.to(dtype).repeat_interleave(x.shape[1] // B.shape[1], dim=1) for t in (B, C))
+    xf = x.to(dtype)
+    update = (xf * scale[..., None])[..., None] * B_heads[:, :, None, :]
+    old = state if places is None else state[places.clamp(min=0).long()]
+    new_state = torch.addcmul(update, old.to(dtype), log_decay.exp()[..., None, None])
+    y = (new_state @ C_heads[..., None]).squeeze(-1)
+    if D is not None:
+        y = y + D.to(dtype)[:, None] * xf
+    if z is not None:
+        y = y * F.silu(z.to(dtype))
+    new_state = new_state.to(state.dtype)
+    if places is not None:
+        real = places >= 0
+        state[places[real].long()] = new_state[real]
+        return torch.where(real[:, None, None], y, 0.0).to(x.dtype), state
+    return y.to(x.dtype), state.copy_(new_state) if in_place else new_state
+
+
+def _check_step(
+    state: Tensor,
+    x: Tensor,
+    dt: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    places: Tensor | None,
+    in_place: bool,
+) -> None:
     if x.dim() != 3:
         raise ValueError(f"x has shape {tuple(x.shape)}, expected 3 dimensions (batch, heads, head_dim)")
     b, h, p = x.shape
@@ -185,26 +232,16 @@ def ssd_step(
     check_groups(h, groups)
     expect_shape("C", C, (b, groups, n))
     expect_shape("dt", dt, (b, h))
-    expect_shape("state", state, (b, h, p, n))
     expect_shape("z", z, (b, h, p))
     expect_shape("D", D, (h,))
-    low, high = check_discretisation(dt, A, dt_bias, dt_limit)
-    tensors = {"x": x, "state": state, "dt": dt, "A": A, "B": B, "C": C, "D": D, "z": z, "dt_bias": dt_bias}
-    gradients = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors.values())
-    if use_triton(backend, tensors, "the step has no gradients there" if gradients else refusal(tensors)):
-        return scan_step(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus, low, high)
-    dtype = accumulation_dtype(state, x, dt, A, B, C)
-    log_decay, scale = discretise(dt, A, dt_bias, dt_softplus, dt_limit, dtype)
-    B_heads, C_heads = (t.to(dtype).repeat_interleave(h // groups, dim=1) for t in (B, C))
-    xf = x.to(dtype)
-    update = (xf * scale[..., None])[..., None] * B_heads[:, :, None, :]
-    new_state = torch.addcmul(update, state.to(dtype), log_decay.exp()[..., None, None])
-    y = (new_state @ C_heads[..., None]).squeeze(-1)
-    if D is not None:
-        y = y + D.to(dtype)[:, None] * xf
-    if z is not None:
-        y = y * F.silu(z.to(dtype))
-    return y.to(x.dtype), new_state.to(state.dtype)
+    if places is None:
+        expect_shape("state", state, (b, h, p, n))
+        return
+    if not in_place:
+        raise ValueError("places was given without in_place, expected both: a part of the state is overwritten")
+    check_ids("places", places, (b,), x.device)
+    if state.dim() != 4 or tuple(state.shape[1:]) != (h, p, n):
+        raise ValueError(f"state has shape {tuple(state.shape)}, expected (rows, {h}, {p}, {n})")
 
 
 def check_core(x: Tensor, B: Tensor, D: Tensor | None, initial_states: Tensor | None, chunk_size: int) -> None:

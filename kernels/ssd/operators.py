@@ -274,3 +274,32 @@ def scan_step(
 @scan_step.register_fake
 def _(state: Tensor, x: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape), state.new_empty(state.shape)
+
+
+@torch.library.custom_op("polylepis::ssd_step_in_place", mutates_args=("state",))
+def scan_step_in_place(
+    state: Tensor,
+    places: Tensor | None,
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    bias: Tensor | None,
+    softplus: bool,
+    low: float,
+    high: float,
+) -> Tensor:
+    """y (b, h, p); the rows ``places`` of the state, or all, become the new state. Nothing waits for the device."""
+    from . import triton_step
+
+    places = None if places is None else places.contiguous()
+    with torch.cuda.device_of(x):
+        return triton_step.scan_step(state, x, dt, A, B, C, D, z, bias, softplus, low, high, True, places)[0]
+
+
+@scan_step_in_place.register_fake
+def _(state: Tensor, places: Tensor | None, x: Tensor, *_: Any) -> Tensor:
+    return x.new_empty(x.shape)

@@ -125,6 +125,11 @@ def step() -> Arguments:
     return s["initial_states"], x, dt, s["A"], B, C, s["D"], None, s["dt_bias"], True, 0.0, 1.0
 
 
+def step_in_place() -> Arguments:
+    state, *rest = step()
+    return state.repeat(3, 1, 1, 1), torch.tensor([2]), *rest
+
+
 def conv_step() -> Arguments:
     c = {k: v.detach() for k, v in draw_conv(2, 1, 3, 4, torch.float32).items()}
     return c["x"][:, 0], c["initial_state"], c["weight"], None, True
@@ -137,7 +142,7 @@ DIFFERENTIABLE: dict[str, Callable[[], Arguments]] = {
 OTHERS: dict[str, Callable[[], Arguments]] = {
     **{"ssd_backward": scan_backward, "mixer_backward": mixer_backward, "chunked_backward": chunk_backward},
     **{"ssd_entered_backward": entered_backward, "conv_backward": conv_backward, "norm_backward": norm_backward},
-    **{"ssd_step": step, "conv_step": conv_step},
+    **{"ssd_step": step, "ssd_step_in_place": step_in_place, "conv_step": conv_step},
 }
 VARIANTS = {
     "saved states": ("ssd_forward", lambda: scan(True)),

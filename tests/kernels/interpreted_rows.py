@@ -221,6 +221,32 @@ def test_decode_steps(batch: int, p: int, many: bool, monkeypatch: pytest.Monkey
         assert_close(got, want, TOLERANCE)
 
 
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+def test_decode_in_place(backend: str) -> None:
+    """Rows of a larger state, in any order and by any strides; padding gives 0 and touches nothing."""
+    t = {k: v.detach() for k, v in draw_scan(3, 1, 4, 5, 2, 7, F32).items()}
+    token = {k: v[:, 0] if v.dim() > 2 and k != "initial_states" else v for k, v in t.items()}
+    held = torch.randn(6, 4, 7, 5).transpose(2, 3)
+    before, places = held.clone(), torch.tensor([4, -1, 0], dtype=torch.int32)
+    token.pop("initial_states")
+    want, moved = ssd_step(held[[4, 0, 0]], **token, dt_softplus=True, backend="torch")
+    y, state = ssd_step(held, **token, dt_softplus=True, in_place=True, places=places, backend=backend)
+    assert state is held
+    assert_close((y[[0, 2]], held[4], held[0]), (want[[0, 2]], moved[0], moved[2]), TOLERANCE)
+    assert (y[1] == 0).all() and torch.equal(held[[1, 2, 3, 5]], before[[1, 2, 3, 5]])
+    whole = before[:3].clone()
+    y, state = ssd_step(whole, **token, dt_softplus=True, in_place=True, backend=backend)
+    assert_close((y, whole), ssd_step(before[:3], **token, dt_softplus=True, backend="torch"), TOLERANCE)
+    for change, message in (
+        ({"in_place": False}, "places was given without in_place"),
+        ({"places": torch.zeros(2)}, "places has shape"),
+        ({"x": token["x"].clone().requires_grad_()}, "in_place is True, expected no gradients"),
+    ):
+        options: dict[str, Any] = {**token, "in_place": True, "places": places, "backend": backend} | change
+        with pytest.raises(ValueError, match=message):
+            ssd_step(held, **options)
+
+
 def test_compiles_into_one_graph() -> None:
     t = draw_conv(1, 9, 8, 4, F32)
     norm_weight = torch.randn(8, requires_grad=True)
