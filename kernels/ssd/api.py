@@ -122,7 +122,7 @@ def ssd_core(
     Mamba-2 is (dt·A, dt), the discrete form (log a, 1), linear attention (0, 1).
 
     Args:
-        log_decay: (b, l, h), <= 0 (−inf forgets, to within exp(−70) in float32). scale: (b, l, h), any sign.
+        log_decay: (b, l, h), <= 0 (−inf forgets, to within exp(−35) in float32). scale: (b, l, h), any sign.
         The rest as in :func:`ssd`.
 
     Returns:

@@ -44,13 +44,16 @@ def near_block(x_rows, dy_rows, similarity, dsimilarity, own, skip, since, until
 
 @triton.jit
 def far_block(x_rows, dy_rows, similarity, dsimilarity, further, passed, DOT: tl.constexpr):
-    """Inputs j against outputs i of the next tile: (weights, dsimilarity, column sums, row sums); weights and column
-    sums lack what belongs to j."""
+    """Inputs j against outputs i of the next tile: (weights, dsimilarity, column sums, row sums); weights (but in
+    float16, whose range needs the whole product) and column sums lack what belongs to j."""
     dweights = tl.dot(x_rows, tl.trans(dy_rows), input_precision="tf32x3") * further[None, :]
     product = dweights * similarity
     dsimilarity += dweights * passed[:, None]
     rows = tl.sum(product * passed[:, None], axis=0)
-    return (similarity * further[None, :]).to(DOT), dsimilarity, tl.sum(product, axis=1), rows
+    weights = similarity * further[None, :]
+    if DOT == tl.float16:
+        weights *= passed[:, None]
+    return weights.to(DOT), dsimilarity, tl.sum(product, axis=1), rows
 
 
 @triton.jit
@@ -112,6 +115,8 @@ def dx_tile(
             middle = tl.load(cs + line + ROWS - 1)
             reach = tl.exp2(tl.minimum(middle - since, 0.0))
             du = du * tl.where(kept, tl.exp2(tl.minimum(until - middle, 0.0)), 0.0)[:, None]
+            if DOT == tl.float16:
+                du = du * (reach * scales)[:, None]
             for k in tl.static_range(NEAR, BLOCKS):
                 dy_rows = token_rows(dy_head, i + k * BLOCK, first + i + k * BLOCK < L, p, dy_l, P, DOT)
                 further = tl.exp2(tl.minimum(tl.load(cs + line + i + k * BLOCK) - middle, 0.0))
@@ -122,7 +127,8 @@ def dx_tile(
                 du = tl.dot(weights, dy_rows, du, input_precision="tf32x3")
                 far, sums = far + (dsimilarity,), sums + shares
             sums = sums * reach
-            du = du * (reach * scales)[:, None]
+            if DOT != tl.float16:
+                du = du * (reach * scales)[:, None]
         else:
             du = du * tl.where(kept, tl.exp2(tl.minimum(until - since, 0.0)) * scales, 0.0)[:, None]
         skip = unit * scales
@@ -440,7 +446,9 @@ def decay_kernel(
         tl.store(dD + partial, tl.sum(skip, axis=0), mask=here)
     place = b * dfirst_b + t[:, None] * dfirst_l + h[None, :]
     if DISCRETISE:
-        v = tl.load(first_in + b * first_b + t[:, None] * first_l + h[None, :] * first_h, mask=inside, other=0.0)
+        v = tl.load(
+            first_in + b * first_b + t[:, None] * first_l + h.to(tl.int64)[None, :] * first_h, mask=inside, other=0.0
+        )
         v = v.to(tl.float32)
         if HAS_BIAS:
             v += tl.load(bias + h, mask=here, other=0.0).to(tl.float32)[None, :]

@@ -13,8 +13,9 @@ import triton.language as tl
 
 from ..triton_math import LOG2E, softplus
 
-# exp(−70) is nothing beside 1 in float32; the floor per token keeps cs small enough to be subtracted
-LOWEST = tl.constexpr(-70.0 * 1.4426950408889634)
+# exp(−35) is nothing beside 1 in float32. Without the floor per token a chunk of extreme decays would push cs to where
+# its differences lose their digits; with it they keep 5e-4 at worst, behind 128 tokens that each forget everything
+LOWEST = tl.constexpr(-35.0 * 1.4426950408889634)
 
 
 @triton.jit
@@ -256,9 +257,15 @@ def output_tile(
             since = own - middle
             out = out * tl.where(opened, tl.exp2(tl.minimum(middle, 0.0)), 0.0)[:, None]
             passed = tl.exp2(tl.minimum(middle - tl.load(cs + line + t), 0.0)) * tl.load(scale + line + t)
+            further = tl.exp2(tl.minimum(since, 0.0))
             far = token_rows(x_head, t, f_in, p, x_l, P, DOT)
-            out = tl.dot((far_similarity * passed[None, :]).to(DOT), far, out, input_precision="tf32x3")
-            out = out * tl.exp2(tl.minimum(since, 0.0))[:, None]
+            weights = far_similarity * passed[None, :]
+            if DOT == tl.float16:  # whose range needs the whole product: half of it may overflow, or come to nothing
+                weights *= further[:, None]
+                out = out * further[:, None]
+            out = tl.dot(weights.to(DOT), far, out, input_precision="tf32x3")
+            if DOT != tl.float16:
+                out = out * further[:, None]
         else:
             out = out * tl.where(opened, tl.exp2(tl.minimum(since, 0.0)), 0.0)[:, None]
         weights = similarity * tl.exp2(tl.minimum(own[:, None] - own[None, :], 0.0)) * scales[None, :]

@@ -4,6 +4,7 @@ from functools import cache
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -106,12 +107,13 @@ def triton_dtype(dtype: torch.dtype) -> Any:
 
 @cache
 def _target() -> tuple[int, int]:
-    """(architecture, Triton minor version) of the current device; architecture 0 without one, for fake tensors."""
+    """(architecture, Triton minor version) of the current device; 0 without one, for fake tensors, −1 where it has no
+    number."""
     minor = int(triton.__version__.split(".")[1])
     if not torch.cuda.is_available():
         return 0, minor
     arch = triton.runtime.driver.active.get_current_target().arch
-    return (int(arch) if str(arch).isdigit() else 0), minor
+    return (int(arch) if str(arch).isdigit() else -1), minor
 
 
 def configuration(x: Tensor, B: Tensor, C: Tensor) -> ScanConfig:
@@ -142,7 +144,7 @@ def plan(
     """
     x, B, C = (by_token(t) for t in (x, B, C))
     for name, tensor in (("x", x), ("B", B)):
-        if tensor.stride(1) >= LARGEST_STRIDE:
+        if tensor.shape[1] > 1 and tensor.stride(1) >= LARGEST_STRIDE:
             raise ValueError(f"{name} has {tensor.stride(1)} elements per token, expected less than {LARGEST_STRIDE}")
     bias, D = (None if t is None else t.contiguous() for t in (bias, D))
     second = second.contiguous() if how.on else second
@@ -315,8 +317,8 @@ def entry_gradients(
     _, dentry = pass_states(scan, cs, scale, None, write=False, dy=dy)
     _, dC, (dopen, _, _) = _group_gradients(scan, cs, scale, entry, None, None, dy, reach)
     # all that entry gave to later chunks passed this one
-    later = dopen.unflatten(-1, (scan.chunks, scan.chunk)).sum(dim=-1)
-    dots = later.flip(-1).cumsum(dim=-1).flip(-1) - later
+    from_here = dopen.unflatten(-1, (scan.chunks, scan.chunk)).sum(dim=-1).flip(-1).cumsum(dim=-1).flip(-1)
+    dots = F.pad(from_here[..., 1:], (0, 1))
     dfirst, *_ = _decay_gradients(scan, scale, None, (dopen, None, dots), None)
     return dfirst, dC, dentry
 

@@ -207,15 +207,48 @@ def test_dt_limit_clamps() -> None:
 
 
 def test_offsets_beyond_32_bits() -> None:
-    """Rows of a batch 2³¹ elements apart, in memory that is never touched in between."""
+    """Rows of a batch, or heads of dt, so far apart that offsets need 64 bits; what lies between is never touched."""
     far = 2**31 + 64
     store = torch.empty(far + 4096, dtype=torch.float16)
-    x = store.as_strided((2, 20, 2, 4), (far, 8, 4, 1))
-    rest = draw(2, 20, 2, 4, 1, 3, F32)
-    x.copy_(rest["x"].detach())
-    args = {k: rest[k].detach() for k in ("dt", "A", "B", "C")}
-    got, want = triton(x=x, **args, dt_softplus=True), triton(x=x.clone(), **args, dt_softplus=True)
-    assert torch.equal(got, want) and got[1].abs().sum() > 0
+    t = {k: v.detach() for k, v in draw(2, 20, 3, 4, 1, 3, F32).items() if k in ("x", "dt", "A", "B", "C")}
+    t["x"] = t["x"].half()
+    for name, strides in (("x", (far, 12, 4, 1)), ("dt", (20, 1, far // 2))):
+        distant = store.as_strided(t[name].shape, strides)
+        distant.copy_(t[name])
+        results = []
+        for tensor in (distant, distant.clone()):
+            leaves = {k: v.detach().requires_grad_() for k, v in (t | {name: tensor}).items()}
+            y = triton(**leaves, dt_softplus=True)
+            results.append((y, *torch.autograd.grad(y.float().square().sum(), list(leaves.values()))))
+        for got, want in zip(*results, strict=True):
+            assert torch.equal(got, want) and got.abs().sum() > 0
+
+
+def test_one_token_by_a_meaningless_stride() -> None:
+    t = {k: v.detach() for k, v in draw(2, 1, 2, 4, 1, 3, F32).items() if k in ("x", "dt", "A", "B", "C")}
+    strange = t | {"x": t["x"].as_strided((2, 1, 2, 4), (8, 1 << 25, 4, 1))}
+    assert torch.equal(triton(**strange), triton(**t))
+
+
+@pytest.mark.parametrize(
+    "token, reader, size, scale, behind",
+    [(15, 17, 4.0, 1e4, -torch.inf), (15, 17, 4.0, 1e4, -20.0), (3, 20, 226.0, 1e-3, 0.0)],
+)
+def test_float16_between_tiles(token: int, reader: int, size: float, scale: float, behind: float) -> None:
+    """Where one of the two factors between tiles overflows and their product does not: forward, then backward."""
+    t = {k: torch.full((1, 32, 1, n), 0.1) for k, n in (("x", 4), ("B", 2), ("C", 2))}
+    t |= {"decay": torch.full((1, 32, 1), -0.01), "scale": torch.full((1, 32, 1), 0.01)}
+    t["B"][:, token], t["C"][:, reader] = size, size
+    t["scale"][:, token], t["decay"][:, 16] = scale, behind
+    outputs = []
+    for dtype, backend in ((torch.float16, "triton"), (torch.float64, "torch")):
+        x, B, C, decay, steps = (t[k].half().to(dtype) for k in ("x", "B", "C", "decay", "scale"))
+        x.requires_grad_()
+        y = ssd_core(x, decay, steps, B, C, chunk_size=32, backend=backend)
+        assert isinstance(y, Tensor)
+        outputs.append((y.detach(), *torch.autograd.grad(y[:, reader].sum(), x)))
+    assert all(out.isfinite().all() for out in outputs[0])
+    assert_close(*outputs, 5e-3)
 
 
 @pytest.mark.usefixtures("bfloat16")
