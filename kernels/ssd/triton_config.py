@@ -51,9 +51,9 @@ HALVES: dict[str, tuple[Launch, ...]] = {
     "decay": (Launch(16, 8, 1), Launch(8, 4, 1)),
 }
 HALF = ScanConfig._make([*(HALVES[name][0] for name in ScanConfig._fields[:-2]), 264, CHUNKS[0]])
-# states of more than 64 × 128 values: two chunks' tiles and sums do not fit
+# states of more than 64 × 128 values: what chunks of 128 tokens hold does not fit beside them
 WIDE = HALF._replace(chunk=64)
-# other architectures than Hopper: nothing spills on sm_80, sm_89 and sm_100, and 99 KB of shared memory are enough
+# other architectures than Hopper: next to nothing spills on sm_80, sm_89 and sm_100, and 99 KB of shared memory suffice
 PLAIN = HALF._replace(
     state=Launch(64, 8, 2),
     dstate=Launch(64, 8, 2),
