@@ -1,4 +1,4 @@
-"""Launches of the SSD kernels: shapes, strides and buffers around the modules triton_forward and triton_backward."""
+"""Launches of the SSD kernels: shapes, strides and buffers around triton_forward, triton_backward and triton_decay."""
 
 from functools import cache
 from typing import Any, NamedTuple
@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import triton_backward as backward
+from . import triton_decay as decay
 from . import triton_forward as forward
 from .triton_config import INTERPRETER, Launch, ScanConfig
 from .triton_table import lookup
@@ -380,7 +381,7 @@ def _decay_gradients(
     dsecond = new(0) if how.on or tiles is None else new(b, l, h, dtype=scan.second.dtype)
     wanted = (how.on, how.on and scan.bias is not None, dskip is not None)
     parts = [new(b, scan.chunks, h) if given else None for given in wanted]
-    backward.decay_kernel[(scan.chunks, triton.cdiv(h, launch.rows), b)](
+    decay.decay_kernel[(scan.chunks, triton.cdiv(h, launch.rows), b)](
         *(drow, dfar, dcol, *links, dscale, dskip, scan.code, scan.first, scan.second, scan.bias, scale),
         *(dfirst, dsecond, *parts, l, h, scan.chunks, scan.padded, *scan.first.stride()),
         *(dfirst.stride(0), dfirst.stride(1), how.low, how.high),
@@ -405,7 +406,7 @@ def _parameter_gradients(scan: Scan, parts: list[Tensor | None]) -> list[Tensor 
     sums = [None if p is None or t is None else t.new_empty(h) for p, t in zip(parts, like, strict=True)]
     flags = {name: t is not None for name, t in zip(("HAS_A", "HAS_BIAS", "HAS_D"), sums, strict=True)}
     if any(flags.values()):
-        backward.parameter_kernel[(triton.cdiv(h, 16), len(parts))](
+        decay.parameter_kernel[(triton.cdiv(h, 16), len(parts))](
             *(*parts, *sums, b * scan.chunks, h), **flags, BP=PARTS, BH=16, num_warps=4
         )
     return sums

@@ -140,7 +140,7 @@ def scan_uses(
     arch: int = 90,
 ) -> list[Use]:
     """Forward and backward at ``sizes``, (b, l, h, g): one 4,096-token sequence of the 8B shape."""
-    from polylepis.kernels.ssd import triton_backward, triton_forward, triton_scan
+    from polylepis.kernels.ssd import triton_backward, triton_decay, triton_forward, triton_scan
 
     b, l, h, g = sizes
     target, triton_scan._target = triton_scan._target, lambda: (arch, int(triton.__version__.split(".")[1]))
@@ -158,7 +158,7 @@ def scan_uses(
         if config is not None:
             scan = scan._replace(config=config, chunk=config.chunk)
         label = f" {str(dtype)[6:]} P{p} N{n} Q{scan.chunk}{' packed' if packed else ''}"
-        with recording([triton_forward, triton_backward], label, arch) as out:
+        with recording([triton_forward, triton_backward, triton_decay], label, arch) as out:
             cs, scale = triton_scan.decays(scan)
             states, final = triton_scan.pass_states(scan, cs, scale, initial)
             y = triton_scan.outputs(scan, cs, scale, states)
