@@ -260,7 +260,10 @@ def test_save_and_load_round_trip(tmp_path: Any) -> None:
     tokens = random_tokens(1, 19)
     model.save_pretrained(tmp_path / "a")
     again = PolylepisForCausalLM.from_pretrained(tmp_path / "a", dtype=torch.float32)
-    torch.testing.assert_close(again(tokens).logits, model(tokens).logits, rtol=0, atol=0)
+    loaded = again.state_dict()
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in model.state_dict().items())
+    # transformers 5.24 leaves weights where they lie in the file: other alignment, other last bits of a product
+    torch.testing.assert_close(again(tokens).logits, model(tokens).logits, rtol=1e-5, atol=1e-5)
     half = PolylepisForCausalLM.from_pretrained(tmp_path / "a", dtype=torch.bfloat16)
     kept = {name for name, tensor in half.state_dict().items() if tensor.dtype == torch.float32}
     assert {name.rsplit(".mixer.")[-1].split(".")[0] for name in kept} == {"A_log", "D", "dt_bias", "gate"}
