@@ -1,13 +1,12 @@
 """Triton's kernels on the CPU: each `interpreted_*.py` runs in a process of its own, because TRITON_INTERPRET has to be
-set before anything imports Triton."""
+set before anything imports Triton. They are started in conftest.py."""
 
 from __future__ import annotations
 
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from pathlib import Path
 
 import pytest
@@ -16,28 +15,11 @@ pytest.importorskip("triton")
 SUITES = sorted(Path(__file__).parent.glob("interpreted_*.py"))
 
 
-Done = subprocess.CompletedProcess[str]
-
-
-@pytest.fixture(scope="module")
-def running(request: pytest.FixtureRequest) -> Iterator[dict[tuple[Path, str], Future[Done]]]:
-    """The chosen suites by (suite, cases), all started at once, as many at a time as there are cores."""
-    chosen = [item.callspec.params for item in request.session.items if hasattr(item, "callspec")]
-    pairs = [(given["suite"], given["cases"]) for given in chosen if {"suite", "cases"} <= given.keys()]
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        yield {pair: pool.submit(_run, *pair) for pair in pairs}
-        pool.shutdown(cancel_futures=True)
-
-
-def _run(suite: Path, cases: str) -> Done:
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", cases, "--durations=5", str(suite)]
-    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, cwd=suite.parents[2], env=environment, capture_output=True, text=True)
-
-
 @pytest.mark.parametrize("suite", SUITES, ids=lambda path: path.stem)
 @pytest.mark.parametrize("cases", ["not full", pytest.param("full", marks=pytest.mark.full)])
-def test_in_the_interpreter(running: dict[tuple[Path, str], Future[Done]], suite: Path, cases: str) -> None:
+def test_in_the_interpreter(
+    running: dict[tuple[Path, str], Future[subprocess.CompletedProcess[str]]], suite: Path, cases: str
+) -> None:
     done = running[suite, cases].result()
     print(done.stdout[-6000:])
     nothing = 5  # no case of this kind in the suite
